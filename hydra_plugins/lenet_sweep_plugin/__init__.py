@@ -1,0 +1,1 @@
+"""lenet_sweep's Hydra plugin."""

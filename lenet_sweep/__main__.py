@@ -1,0 +1,8 @@
+"""`python -m lenet_sweep`."""
+
+import sys
+
+from lenet_sweep.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""The command line: `data` is our own subcommand, everything else is Hydra's.
+
+Hydra composes the config and makes the output folder, and `task` hands both to `run`. Torch and
+mlflow are imported only when a run starts, so that --help, --cfg and completion answer at once.
+
+Exit codes: 0 all well; 1 a run failed; 2 a mistake in the command or config, nothing was started;
+130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from lenet_sweep import config as configs
+from lenet_sweep.config import Config
+from lenet_sweep.errors import ConfigError, LenetSweepError, OutputError
+from lenet_sweep.paths import conf_dir
+
+if TYPE_CHECKING:
+    from lenet_sweep.run import Job, Result
+
+_INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
+
+
+def main() -> int:
+    """Run the command in `sys.argv`; return the exit code."""
+    debug = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    if "--debug" in sys.argv:
+        sys.argv.remove("--debug")
+        debug = True
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        command = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
+        if command:
+            command(sys.argv[2:])
+        else:
+            _hydra()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except (_Carried, LenetSweepError, HydraException, OmegaConfBaseException, OSError) as caught:
+        error = _in_words(caught.error if isinstance(caught, _Carried) else caught)
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def task(composed: DictConfig) -> "Result":
+    """One run, or one job of a sweep, in the folder that Hydra made for it."""
+    from lenet_sweep.run import run
+
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    overrides = tuple(hydra_config.overrides.task)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        return run(to_config(composed), folder, overrides, _job(hydra_config))
+    try:
+        return run(to_config(composed), folder, overrides)
+    except LenetSweepError as error:
+        raise _Carried(error) from error
+
+
+def to_config(composed: DictConfig) -> Config:
+    """What Hydra composed, as checked dataclasses.
+
+    Raises:
+        ConfigError: if it asks for something that cannot be.
+    """
+    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    values = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    return configs.parse({str(key): value for key, value in values.items()})
+
+
+class RefuseEarly(Callback):
+    """Refuses a single run before Hydra makes a folder for it; a sweep is checked by its sweeper."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        from lenet_sweep import preflight
+
+        try:
+            preflight.check([to_config(config)], Path(config.hydra.run.dir), print)
+        except (LenetSweepError, OmegaConfBaseException) as error:
+            raise _Carried(error) from error
+
+
+def data(arguments: list[str]) -> None:
+    """Fetch and verify datasets."""
+    from lenet_sweep import sources
+
+    parser = argparse.ArgumentParser(
+        "python -m lenet_sweep data", description="Fetch and verify datasets ahead of time."
+    )
+    names = tuple(sources.DATASETS)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(names)} (default: all)")
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=Path(os.environ.get("LENET_SWEEP_DATA", "data")),
+        help="the folder to look in and to fetch into (default: $LENET_SWEEP_DATA, or data)",
+    )
+    chosen = parser.parse_args(arguments)
+    for name in chosen.names:
+        if name not in names:
+            near = configs.suggestion(name, set(names))
+            raise ConfigError(f"there is no dataset {name!r}.{near}\nDatasets: {', '.join(names)}.")
+    for name in chosen.names or names:
+        print(f"{name}: complete and verified in {sources.ensure(name, chosen.root)}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"data": data}
+
+
+def _hydra() -> None:
+    """Let Hydra read the rest of the command line; its exceptions come through as they are."""
+    given = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's way to raise errors instead of printing them
+    try:
+        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(task)()
+    finally:
+        if given is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = given
+
+
+class _Carried(BaseException):
+    """Carries an error through Hydra, which would turn it into a warning (callback) or add to it (task)."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _job(hydra_config: HydraConf) -> "Job":
+    """Which job of which sweep this is; how many there are stands in the plan that our sweeper leaves."""
+    from lenet_sweep.run import Job
+
+    sweep_folder = Path(hydra_config.sweep.dir)
+    plan = sweep_folder / "sweep.json"
+    total = len(json.loads(plan.read_text(encoding="utf-8"))["jobs"]) if plan.exists() else None
+    return Job(sweep_folder.name, int(hydra_config.job.num) + 1, total)
+
+
+def _in_words(error: Exception) -> LenetSweepError:
+    """What went wrong, in terms of what the user typed."""
+    if isinstance(error, LenetSweepError):
+        return error
+    text, cause = str(error), error.__cause__
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _unknown_option(str(error.missing_cfg_file), text)
+    if isinstance(error, OverrideParseException) and "=" in error.override:
+        return ConfigError(f"{error.override}: cannot be read as KEY=VALUE: {text.splitlines()[0]}")
+    if isinstance(error, OverrideParseException):
+        known = {*COMMANDS, *configs.known_keys()}
+        return ConfigError(
+            f"{error.override!r} is neither a command ({', '.join(COMMANDS)}) nor KEY=VALUE."
+            + configs.suggestion(error.override.partition("=")[0], known)
+        )
+    if ambiguous := re.match(r"Ambiguous value for argument '(.*)'", text):
+        return ConfigError(
+            f"{ambiguous[1]}: several values are a sweep, which needs -m; for one list, write KEY=[A,B]"
+        )
+    if missing := re.match(r"Could not override '(\w+)'\. No match in the defaults list", text):
+        return ConfigError(f"{missing[1]} is chosen with a + in front: +{missing[1]}=NAME")
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
+        return configs.unknown_key(cause.full_key)
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return ConfigError(f"{error.full_key}: {text.splitlines()[0]}")
+    if isinstance(error, OSError) and not isinstance(error, HydraException):
+        return OutputError(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    detail = f": {str(cause).splitlines()[0]}" if cause and str(cause) else ""
+    return ConfigError(" ".join(text.split("\nSee ")[0].splitlines()) + detail)
+
+
+def _unknown_option(path: str, text: str) -> ConfigError:
+    """The error for a group's option ('model/sigmod') that there is no file for."""
+    group, _, option = path.rpartition("/")
+    options = re.findall(r"^\t(?!provider=)(.+)$", text, re.MULTILINE)
+    if not group or not options:
+        return ConfigError(f"there is no config {path!r}; python -m lenet_sweep --help lists what there is")
+    hint = configs.suggestion(option, set(options))
+    return ConfigError(f"there is no {group}={option}.{hint}\nOptions of {group}: {', '.join(options)}.")
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a run as Ctrl-C does: in order, with its status recorded."""
+    raise KeyboardInterrupt

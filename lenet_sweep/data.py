@@ -1,0 +1,110 @@
+"""Datasets as tensors that live on the training device, pixels as they are stored: uint8.
+
+Shape suffixes: N examples, C channels (1), H height (28), W width (28).
+"""
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lenet_sweep import sources
+from lenet_sweep.config import CLASSES, IMAGE_SHAPE, DataConfig
+from lenet_sweep.errors import DataError
+from lenet_sweep.randomness import generator
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples of one purpose, on one device: `images_NCHW` uint8, `labels_N` int64."""
+
+    images_NCHW: Tensor
+    labels_N: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def to(self, device: torch.device) -> "Split":
+        return Split(self.images_NCHW.to(device), self.labels_N.to(device))
+
+    def take(self, indices_N: Tensor) -> "Split":
+        return Split(self.images_NCHW[indices_N], self.labels_N[indices_N])
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits of a run. `val` is None unless examples were held out for it."""
+
+    train: Split
+    test: Split
+    val: Split | None
+    class_names: tuple[str, ...]
+
+
+def load(config: DataConfig, seed: int, device: torch.device, say: Callable[[str], None] = print) -> Data:
+    """Fetch what is missing, verify it, and put it on `device`.
+
+    Which training examples are held out (`val_size`) and which are used (`train_size`) is drawn
+    from `seed`; with neither, all are used in their stored order. `say` is told, a line at a time,
+    what is fetched and from where.
+
+    Raises:
+        DataError: if no source has the dataset, or a file does not hold what it should.
+    """
+    folder = sources.ensure(config.name, Path(config.root), say)
+    train = _read(folder, "train")
+    test = _read(folder, "t10k").to(device)
+    val = None
+    if config.val_size or config.train_size is not None:
+        order = torch.randperm(len(train), generator=generator(seed, "split"))
+        held_out, rest = order[: config.val_size], order[config.val_size :]
+        val = train.take(held_out).to(device) if config.val_size else None
+        train = train.take(rest[: config.train_size])
+    return Data(train.to(device), test, val, sources.DATASETS[config.name].classes)
+
+
+def scaled(images_NCHW: Tensor) -> Tensor:
+    """uint8 pixels to float32 in [0, 1], on the device that they are on."""
+    return images_NCHW.to(torch.float32).div_(255)
+
+
+def read_idx(path: Path) -> Tensor:
+    """Read a file of LeCun's IDX format (http://yann.lecun.com/exdb/mnist) that holds uint8 values.
+
+    Raises:
+        DataError: if the file cannot be read, is of another kind, or is shorter or longer than its
+            header says.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(content) < 4 or content[:3] != b"\0\0\x08":
+        raise DataError(f"{path}: not an IDX file of bytes (it starts with {content[:4].hex() or 'nothing'})")
+    header = 4 + 4 * content[3]
+    if len(content) < header:
+        raise DataError(f"{path}: cut off inside its header ({len(content)} bytes)")
+    shape = struct.unpack(f">{content[3]}I", content[4:header])
+    size = 1
+    for extent in shape:
+        size *= extent
+    if len(content) - header != size or size == 0:
+        raise DataError(
+            f"{path}: its header promises {size} values {shape}, but {len(content) - header} follow"
+        )
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(shape)
+
+
+def _read(folder: Path, prefix: str) -> Split:
+    images, labels = folder / f"{prefix}-images-idx3-ubyte", folder / f"{prefix}-labels-idx1-ubyte"
+    images_NHW, labels_N = read_idx(images), read_idx(labels).long()
+    if images_NHW.shape[1:] != IMAGE_SHAPE[1:] or images_NHW.shape[0] != len(labels_N):
+        raise DataError(
+            f"{images}: holds {tuple(images_NHW.shape)} for {len(labels_N)} labels, not 28x28 pictures"
+        )
+    if int(labels_N.max()) >= CLASSES:
+        raise DataError(f"{labels}: has a label {int(labels_N.max())}; the last class is {CLASSES - 1}")
+    return Split(images_NHW.unsqueeze(1), labels_N)

@@ -1,0 +1,121 @@
+"""What a result depends on: the config that matters, the code that matters, and where it ran."""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+from dataclasses import dataclass
+from typing import Any
+
+from lenet_sweep import config as configs
+from lenet_sweep.config import Config
+from lenet_sweep.paths import PACKAGE
+
+# Modules whose text can change a number. Editing any other one leaves every hash as it is.
+RESULT_MODULES = ("data", "devices", "engine", "model", "optim", "randomness", "shapes")
+
+# Fields that cannot change a number: where things lie, what is watched, and mere labels.
+RESULT_FREE = ("data.root", "model.name", "profile", "sweep", "tracking")
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "hydra-core",
+    "omegaconf",
+    "mlflow",
+    "safetensors",
+    "matplotlib",
+    "lenet-sweep",
+)
+
+
+@dataclass(frozen=True)
+class Git:
+    """The checkout that the code runs from; None and False where it is no checkout (a wheel)."""
+
+    commit: str | None
+    dirty: bool
+
+
+def config_hash(config: Config) -> str:
+    """16 hex digits over all that decides a run's numbers: the config and the code's version.
+
+    It is the same on every machine and Python version. `device` and `threads` enter as they were
+    written, so "auto" means whatever the machine at hand makes of it.
+    """
+    fields = {
+        key: value
+        for key, value in configs.flatten(configs.to_dict(config))
+        if not any(key == free or key.startswith(f"{free}.") for free in RESULT_FREE)
+    }
+    text = json.dumps([code_version(), fields], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def code_version() -> str:
+    """SHA-256 over the source of the modules that can change a number, line ends normalised."""
+    digest = hashlib.sha256()
+    for module in RESULT_MODULES:
+        source = (PACKAGE / f"{module}.py").read_bytes().replace(b"\r\n", b"\n")
+        digest.update(f"{module} {len(source)}\n".encode() + source)
+    return digest.hexdigest()
+
+
+@functools.cache
+def git() -> Git:
+    """The commit that the package's own source was checked out from."""
+    # A virtual environment inside somebody's repository is not that repository's code.
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return Git(None, False)
+    return Git(_git("rev-parse", "HEAD"), bool(_git("status", "--porcelain", "--untracked-files=no", ":/")))
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Where a run took place, for `environment.json`. `device` is the device in words."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpu": _cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "device": device,
+        "code_version": code_version(),
+        "git_commit": git().commit,
+        "git_dirty": git().dirty,
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """The output of a git command in the package's folder; None if it fails or there is no git."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=PACKAGE, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()

@@ -1,0 +1,71 @@
+"""The table at the end of a sweep: every run, what it reached, and why it failed if it did."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from lenet_sweep.run import Result
+
+
+@dataclass(frozen=True)
+class Row:
+    """One job of a sweep; `result` is None if it did not end (killed, or never started)."""
+
+    overrides: tuple[str, ...]
+    folder: Path
+    result: Result | None
+
+    @property
+    def failed(self) -> bool:
+        return self.result is None or self.result.status != "FINISHED"
+
+    @property
+    def status(self) -> str:
+        if self.result:
+            return self.result.status
+        return "LOST" if self.folder.exists() else "not started"
+
+
+def sweep_table(rows: list[Row]) -> Table:
+    """A row for every run, with a column for each key that differs between them; the title has the others."""
+    settings = [dict(override.partition("=")[::2] for override in row.overrides) for row in rows]
+    keys = list(dict.fromkeys(key for values in settings for key in values))
+    varied = [key for key in keys if len({values.get(key) for values in settings}) > 1]
+    same = [f"{key}={settings[0][key]}" for key in keys if key not in varied]
+    table = Table(title=f"All {len(rows)} runs {' '.join(same)}".rstrip(), title_justify="left")
+    table.add_column("run", justify="right")
+    for key in varied:
+        table.add_column(key.lstrip("+"), overflow="fold")
+    for heading in ("train loss", "train acc", "test acc", "seconds"):
+        table.add_column(heading, justify="right")
+    table.add_column("status")
+    for number, (row, values) in enumerate(zip(rows, settings, strict=True), start=1):
+        table.add_row(
+            str(number),
+            *(values.get(key, "") for key in varied),
+            *_numbers(row.result),
+            row.status,
+            style="red" if row.failed else None,
+        )
+    return table
+
+
+def failures(rows: list[Row]) -> list[str]:
+    """A line for each run that failed: which, why, and where its log is."""
+    return [
+        f"run {number} ({' '.join(row.overrides)}): {_reason(row)}; see {row.folder}"
+        for number, row in enumerate(rows, start=1)
+        if row.failed
+    ]
+
+
+def _reason(row: Row) -> str:
+    return (row.result.reason if row.result else None) or row.status
+
+
+def _numbers(result: Result | None) -> list[str]:
+    if result is None:
+        return [""] * 4
+    metrics = [result.metrics.get(name) for name in ("train/loss", "train/acc", "test/acc")]
+    return [*("" if value is None else f"{value:.3f}" for value in metrics), f"{result.seconds:.1f}"]

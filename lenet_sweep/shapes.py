@@ -1,0 +1,102 @@
+"""The arithmetic of LeNet's layer shapes: which layers there are, and what each one puts out.
+
+Free of torch, so that an impossible network is refused before anything heavy is imported.
+`model` builds exactly these layers; `config` refuses a network for which this raises.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+POOL = 2  # LeNet's pooling window and stride: every pool halves height and width
+
+
+class Architecture(Protocol):
+    """What of the model's config decides its shapes (`config.ModelConfig` has it)."""
+
+    @property
+    def channels(self) -> tuple[int, ...]: ...
+    @property
+    def kernel_size(self) -> int: ...
+    @property
+    def padding(self) -> str: ...
+    @property
+    def hidden(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: `kind` is conv, activation, pool, flatten or linear; shapes are for one image."""
+
+    name: str
+    kind: str
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    padding: int = 0
+
+
+class ShapeError(ValueError):
+    """These layers do not fit the image; `field` is the config field to change."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+def layers(net: Architecture, image_shape: tuple[int, int, int], classes: int) -> list[Layer]:
+    """List the layers of `net` for images of `image_shape` (C, H, W).
+
+    The last layer is linear with `classes` outputs and no activation.
+
+    Raises:
+        ShapeError: if a kernel is larger than its (padded) input, or if a pool would silently
+            crop an odd height or width.
+    """
+    stack: list[Layer] = []
+    shape: tuple[int, ...] = image_shape
+
+    def add(name: str, kind: str, output_shape: tuple[int, ...], padding: int = 0) -> None:
+        nonlocal shape
+        stack.append(Layer(name, kind, shape, output_shape, padding))
+        shape = output_shape
+
+    for i, channels in enumerate(net.channels, start=1):
+        padding = _padding(net, i)
+        add(f"conv{i}", "conv", (channels, *_convolved(net.kernel_size, padding, shape[1:], i)), padding)
+        add(f"act{i}", "activation", shape)
+        add(f"pool{i}", "pool", (channels, *_pooled(shape[1:], i)))
+
+    flat = shape[0] * shape[1] * shape[2]
+    add("flatten", "flatten", (flat,))
+    for i, width in enumerate(net.hidden, start=1):
+        add(f"linear{i}", "linear", (width,))
+        add(f"act{len(net.channels) + i}", "activation", shape)
+    add(f"linear{len(net.hidden) + 1}", "linear", (classes,))
+    return stack
+
+
+def _padding(net: Architecture, i: int) -> int:
+    """Zeros on each side of conv `i` (from 1). Half a kernel keeps the size, as in the tutorial's conv1."""
+    padded = net.padding == "all" or (net.padding == "first" and i == 1)
+    return net.kernel_size // 2 if padded else 0
+
+
+def _convolved(kernel: int, padding: int, size: tuple[int, ...], i: int) -> tuple[int, ...]:
+    low = min(size) + 2 * padding
+    if kernel > low:
+        padded = f", {low} with its padding" if padding else ""
+        raise ShapeError(
+            "kernel_size",
+            f"conv{i} sees an image of {size[0]}x{size[1]}{padded}, so its kernel can be at most {low}; "
+            "choose a smaller model.kernel_size or fewer model.channels",
+        )
+    return tuple(side + 2 * padding - kernel + 1 for side in size)
+
+
+def _pooled(size: tuple[int, ...], i: int) -> tuple[int, ...]:
+    if any(side % POOL for side in size):
+        raise ShapeError(
+            "kernel_size",
+            f"conv{i} puts out {size[0]}x{size[1]}, and a {POOL}x{POOL} pool would silently crop that; "
+            "choose another model.kernel_size, model.padding or number of model.channels",
+        )
+    return tuple(side // POOL for side in size)
