@@ -49,7 +49,7 @@ def set_arithmetic(threads: int | str, precision: PrecisionConfig) -> None:
     torch.set_num_threads(threads if isinstance(threads, int) else _default_threads)
     fp32 = "tf32" if precision.tf32 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = fp32
-    torch.backends.cudnn.fp32_precision = fp32  # type: ignore[attr-defined]
+    torch.backends.cudnn.fp32_precision = fp32
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
 

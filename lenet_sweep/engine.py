@@ -9,6 +9,7 @@ Shape suffixes: N examples, C channels, H height, W width, K classes.
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -144,7 +145,7 @@ def predict(network: nn.Module, images_NCHW: Tensor, amp: bool = False) -> Tenso
 
 def forward(network: nn.Module, images_NCHW: Tensor, amp: bool = False) -> Tensor:
     """uint8 images to float32 logits NK."""
-    with torch.autocast(images_NCHW.device.type, torch.bfloat16, enabled=amp):
+    with torch.autocast(images_NCHW.device.type, torch.bfloat16) if amp else nullcontext():
         logits_NK: Tensor = network(scaled(images_NCHW))
     return logits_NK.float()
 

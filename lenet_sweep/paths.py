@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lenet_sweep.errors import OutputError
+
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -13,6 +15,20 @@ def conf_dir() -> Path:
     """The folder of YAML files: inside the package in a wheel, beside it in a checkout."""
     packaged = PACKAGE / "conf"
     return packaged if packaged.is_dir() else PACKAGE.parent / "conf"
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse if `folder`, or the nearest of its parents that exists, cannot be written; make nothing.
+
+    Raises:
+        OutputError: naming what is in the way.
+    """
+    folder = folder.absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise OutputError(f"{existing}: is no folder, so {folder} cannot be made")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"{existing}: cannot be written, so {folder} cannot be used; choose another folder")
 
 
 @contextmanager

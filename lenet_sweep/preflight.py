@@ -1,12 +1,11 @@
 """Everything that can stop a run, asked before any run starts; free of torch and mlflow where it can be."""
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lenet_sweep import sources, tracking
 from lenet_sweep.config import Config
-from lenet_sweep.errors import OutputError
+from lenet_sweep.paths import check_writable
 
 
 def check(configs: Iterable[Config], folder: Path, say: Callable[[str], None]) -> None:
@@ -19,7 +18,7 @@ def check(configs: Iterable[Config], folder: Path, say: Callable[[str], None]) -
         OutputError, TrackingError, DeviceError, DataError: nothing was started.
     """
     configs = list(configs)
-    _check_writable(folder)
+    check_writable(folder)
     for store in {config.tracking for config in configs}:
         tracking.check(store)
     for name in sorted({config.device for config in configs} - {"auto", "cpu"}):
@@ -28,13 +27,3 @@ def check(configs: Iterable[Config], folder: Path, say: Callable[[str], None]) -
         devices.resolve(name)
     for name, root in sorted({(config.data.name, config.data.root) for config in configs}):
         sources.ensure(name, Path(root), say)
-
-
-def _check_writable(folder: Path) -> None:
-    """Refuse if `folder`, or the nearest of its parents that exists, cannot be written."""
-    folder = folder.absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir():
-        raise OutputError(f"{existing}: is no folder, so {folder} cannot be made in it")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputError(f"{existing}: cannot be written; choose another hydra.run.dir or hydra.sweep.dir")

@@ -67,7 +67,7 @@ def ensure(name: str, root: Path, say: Callable[[str], None] = print) -> Path:
     """
     if name not in DATASETS:
         raise ConfigError(f"there is no dataset {name!r}; allowed: {', '.join(DATASETS)}")
-    root = root.absolute()
+    root = root.expanduser().absolute()
     folder = root / DATASETS[name].folder
     try:
         if _missing(DATASETS[name], folder):
@@ -271,12 +271,14 @@ def _copy_from(job: _Job, origin: Path) -> None:
 
 
 def _from_mirrors(job: _Job) -> None:
-    reasons = []
+    reasons: list[str] = []
     for mirror in _mirrors(job.dataset):
         host = mirror.split("/")[2]
         try:
             for file in list(job.missing):
                 _place(job, file, _download(job, mirror, f"{file}.gz", job.dataset.sizes[file]))
+            for reason in reasons:  # of the mirrors before, which the user should know nevertheless
+                job.say(reason)
             return
         except _SourceFailed as error:
             reasons.append(f"{host}: {error}")

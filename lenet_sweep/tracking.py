@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from lenet_sweep.config import MlflowConfig, NoTrackingConfig
 from lenet_sweep.errors import TrackingError
-from lenet_sweep.paths import atomic_path
+from lenet_sweep.paths import atomic_path, check_writable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,7 +53,8 @@ def check(config: MlflowConfig | NoTrackingConfig) -> None:
     """Refuse a store that cannot be reached, within four seconds and without importing mlflow.
 
     Raises:
-        TrackingError: if the server does not answer or the database's folder cannot be written.
+        TrackingError: if the server does not answer, or the database is none or cannot be written.
+        OutputError: if the database's folder cannot be written.
     """
     if isinstance(config, NoTrackingConfig):
         return
@@ -73,10 +74,9 @@ def check(config: MlflowConfig | NoTrackingConfig) -> None:
             ) from error
     elif config.uri.startswith(_SQLITE):
         database = _database(config.uri)
+        check_writable(database.parent)
         if database.exists():
             _check_database(database)
-        else:
-            _make_folder(database.parent)
 
 
 def open_run(
@@ -97,7 +97,6 @@ def open_run(
         os.environ.setdefault(key, value)
     from mlflow import MlflowClient
     from mlflow.entities import Param
-    from mlflow.exceptions import MlflowException
 
     for chatty in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -111,7 +110,7 @@ def open_run(
         run = client.create_run(experiment_id, start_time=time_ms, tags=tags, run_name=name)
         run_id = run.info.run_id
         client.log_batch(run_id, params=[Param(key, str(value)[:_PARAM_LENGTH]) for key, value in params])
-    except MlflowException as error:
+    except _store_errors() as error:
         raise TrackingError(f"tracking.uri={config.uri!r}: {_first_line(error)}") from error
     return _MlflowRun(client, uri, experiment_id, run_id)
 
@@ -156,8 +155,6 @@ class _MlflowRun:
 
     def end(self, status: Status, reason: str | None, artifacts: Path, time_ms: int) -> str | None:
         """Send what is left and close the run; return what went wrong, if anything did."""
-        from mlflow.exceptions import MlflowException
-
         problem = self._send()
         try:
             if reason:
@@ -168,7 +165,7 @@ class _MlflowRun:
                     parent = relative.parent.as_posix()
                     self._client.log_artifact(self._id, str(path), None if parent == "." else parent)
             self._client.set_terminated(self._id, status, end_time=time_ms)
-        except (MlflowException, OSError) as error:
+        except _store_errors() as error:
             problem = problem or _first_line(error)
         return problem
 
@@ -182,13 +179,11 @@ class _MlflowRun:
         return [*lines, f"{self._uri.rstrip('/')}/{page}"]
 
     def _send(self) -> str | None:
-        from mlflow.exceptions import MlflowException
-
         try:
             # Sending a point twice leaves one, so nothing is lost or doubled if an answer got lost.
             for i in range(0, len(self._unsent), 1000):
                 self._client.log_batch(self._id, metrics=self._unsent[i : i + 1000])
-        except MlflowException as error:
+        except _store_errors() as error:
             return _first_line(error)
         self._unsent.clear()
         return None
@@ -200,6 +195,14 @@ _ARTIFACTS = ("config.yaml", "environment.json", "metrics.jsonl", "model", "plot
 
 def _is_artifact(relative: Path) -> bool:
     return relative.parts[0] in _ARTIFACTS
+
+
+def _store_errors() -> tuple[type[Exception], ...]:
+    """What a store raises when it is dead, full, damaged or unwilling."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, OSError
 
 
 def _experiment(client: "MlflowClient", name: str, uri: str) -> str:
@@ -232,8 +235,8 @@ def _create_database(database: Path) -> None:
     """
     if database.exists():
         return
-    _make_folder(database.parent)
     try:
+        database.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{database}.lock", timeout=120):
             if database.exists():
                 return
@@ -260,20 +263,8 @@ def _check_database(database: Path) -> None:
         raise TrackingError(f"{database}: cannot be read: {error.strerror}") from error
     if start != b"SQLite format 3\0":
         raise TrackingError(f"{database}: is not an SQLite database; move it away, or set tracking.uri")
-    for path in (database, database.parent):
-        if not os.access(path, os.W_OK):
-            raise TrackingError(f"{path}: cannot be written; set tracking.uri or tracking=none")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrackingError(
-            f"{folder}: cannot be created for the tracking database: {error.strerror}"
-        ) from error
-    if not os.access(folder, os.W_OK):
-        raise TrackingError(f"{folder}: cannot be written; set tracking.uri or tracking=none")
+    if not os.access(database, os.W_OK):
+        raise TrackingError(f"{database}: cannot be written; set tracking.uri or tracking=none")
 
 
 def _database(uri: str) -> Path:

@@ -38,11 +38,11 @@ def sweep(
     (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(arguments), max_batch_size=None)
     configs = [_compose(job, hydra_context, config) for job in jobs]
     folder = Path(config.hydra.sweep.dir)
-    preflight.check(configs, folder, print)
     if configs[0].sweep.dry_run:
         _print_plan(jobs)
         return []
 
+    preflight.check(configs, folder, print)
     _claim(folder, jobs, config)
     try:
         return [list(launcher.launch(jobs, initial_job_idx=0))]

@@ -1,0 +1,106 @@
+"""What all tests share: the real command in a folder of its own, datasets, checked configs, a rule for skips.
+
+`LENET_SWEEP_DATA` names a folder of datasets to use instead of fetching them once a session.
+`LENET_SWEEP_NO_SKIP=1` makes every skipped test a failed one, but for those that need a GPU.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from lenet_sweep.config import Config
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of datasets, for this process and all commands; fetch into it with `sources.ensure`."""
+    given = os.environ.get("LENET_SWEEP_DATA")
+    root = Path(given).absolute() if given else tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LENET_SWEEP_DATA", str(root))
+        yield root
+
+
+@pytest.fixture
+def cli(tmp_path: Path, data_root: Path) -> Cli:
+    """Run `python -m lenet_sweep ARGUMENTS` in `tmp_path`, with none of our own settings around it."""
+
+    def run(
+        *arguments: str,
+        env: dict[str, str] | None = None,
+        cwd: Path = tmp_path,
+        timeout: float = 120,
+        python: tuple[str, ...] = (),
+        prefix: tuple[str, ...] = (),
+    ) -> "subprocess.CompletedProcess[str]":
+        """`python` goes between `python` and `-m`; `prefix` before all (setpriv ...)."""
+        clean = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("MLFLOW_", "HYDRA_", "LENET_SWEEP_", "PYTEST_"))
+        }
+        return subprocess.run(
+            [*prefix, sys.executable, *python, "-m", "lenet_sweep", *arguments],
+            cwd=cwd,
+            env={**clean, "LENET_SWEEP_DATA": str(data_root), **(env or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def make_config(data_root: Path) -> MakeConfig:
+    """Compose conf/ with overrides, as the command line would: make_config("lr=0.1", "model.pool=max")."""
+    from hydra import compose, initialize_config_dir
+
+    from lenet_sweep.cli import to_config
+    from lenet_sweep.paths import conf_dir
+
+    @functools.cache
+    def make(*overrides: str) -> Config:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return to_config(compose("config", list(overrides)))
+
+    return make
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA GPU")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if not item.get_closest_marker("gpu") and not hasattr(report, "wasxfail"):
+        _fail_if_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _fail_if_skipped(report)
+    return report
+
+
+def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """A check that does not run is no check: where everything must run, a skip fails."""
+    if report.skipped and os.environ.get("LENET_SWEEP_NO_SKIP") == "1":
+        report.outcome = "failed"
+        report.longrepr = f"skipped, but LENET_SWEEP_NO_SKIP=1: {report.longrepr}"

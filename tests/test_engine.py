@@ -1,0 +1,227 @@
+"""The training loop against an independently written one, and its promises about devices and randomness."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lenet_sweep import data as datasets
+from lenet_sweep import engine, model, optim
+from lenet_sweep.errors import RunFailed
+from lenet_sweep.randomness import generator
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def mini(make_config):
+    config = make_config("data=fashion_mnist_mini", "data.train_size=700", "data.val_size=100")
+    return datasets.load(config.data, seed=0, device=CPU, say=lambda line: None)
+
+
+@pytest.fixture
+def setup(make_config):
+    def build(*overrides):
+        config = make_config("data=fashion_mnist_mini", *overrides)
+        network = model.build(config.model, generator(config.seed, "init"))
+        optimizer = optim.optimizer(config.optimizer, network.parameters())
+        return config, network, optimizer, optim.schedule(config.schedule, optimizer, config.epochs)
+
+    return build
+
+
+def train(setup, data, *overrides, **options):
+    """Train with these overrides; return all epochs' metrics and the network."""
+    config, network, optimizer, schedule = setup(*overrides)
+    epochs = engine.train(
+        network,
+        optimizer,
+        schedule,
+        data,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        **options,
+    )
+    return list(epochs), network
+
+
+def numbers(metrics):
+    """What of an epoch's metrics is a result, leaving out how long it took."""
+    return dataclasses.replace(metrics, examples_per_s=0.0, epoch_s=0.0)
+
+
+OPTIMIZERS = {
+    "optimizer=sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "optimizer=momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "optimizer=nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    "optimizer=adam": lambda p: torch.optim.Adam(p, lr=0.05),
+    "optimizer=adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.01),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training_equals_an_independent_loop_over_the_same_batches(setup, mini, optimizer):
+    epochs, network = train(setup, mini, optimizer, "lr=0.05", "epochs=2", "batch_size=128")
+
+    oracle = setup(optimizer)[1]
+    steps = OPTIMIZERS[optimizer](oracle.parameters())
+    images, labels = mini.train.images_NCHW.float() / 255, mini.train.labels_N
+    for metrics in epochs:
+        order = torch.randperm(700, generator=generator(0, f"order/{metrics.epoch}"))
+        loss_sum = right = 0.0
+        for start in range(0, 700, 128):
+            chosen = order[start : start + 128]
+            outputs = oracle(images[chosen])
+            loss = nn.CrossEntropyLoss(reduction="mean")(outputs, labels[chosen])
+            steps.zero_grad()
+            loss.backward()
+            steps.step()
+            loss_sum += loss.item() * len(chosen)
+            right += (outputs.argmax(dim=1) == labels[chosen]).float().sum().item()
+        assert metrics.train_loss == pytest.approx(loss_sum / 700, abs=1e-5)
+        assert metrics.train_acc == pytest.approx(right / 700, abs=1e-9)
+        with torch.no_grad():
+            test_outputs = oracle(mini.test.images_NCHW.float() / 255)
+        assert metrics.test_loss == pytest.approx(
+            F.cross_entropy(test_outputs, mini.test.labels_N).item(), abs=1e-5
+        )
+        assert metrics.test_acc == (test_outputs.argmax(1) == mini.test.labels_N).double().mean().item()
+    for mine, theirs in zip(network.parameters(), oracle.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-6)
+
+
+def test_validation_metrics_are_those_of_the_held_out_examples(setup, mini):
+    (metrics,), network = train(setup, mini, "epochs=1", "lr=0.1")
+    assert (metrics.val_loss, metrics.val_acc) == engine.evaluate(network, mini.val)
+    assert metrics.val_acc != metrics.test_acc
+
+
+def test_short_run_equals_prefix_of_long_run(setup, mini):
+    short, _ = train(setup, mini, "epochs=2", "lr=0.3", "schedule=step", "schedule.step_size=1")
+    long, _ = train(setup, mini, "epochs=3", "lr=0.3", "schedule=step", "schedule.step_size=1")
+    assert [numbers(m) for m in long[:2]] == [numbers(m) for m in short]
+
+
+def test_same_seed_gives_the_same_bits_and_another_seed_other_ones(setup, mini):
+    runs = [train(setup, mini, "epochs=1", "lr=0.1", f"seed={seed}") for seed in (0, 0, 1)]
+    first, again, other = ([numbers(m) for m in epochs] for epochs, _ in runs)
+    assert first == again
+    assert first != other
+
+
+def test_curve_has_five_points_and_ends_in_the_epochs_own_numbers(setup, mini):
+    (first, second), _ = train(setup, mini, "epochs=2", "batch_size=70")  # 10 steps an epoch
+    assert [p.epoch for p in second.curve] == pytest.approx([1.2, 1.4, 1.6, 1.8, 2.0])
+    for metrics in (first, second):
+        assert metrics.curve[-1].train_loss == metrics.train_loss
+        assert metrics.curve[-1].train_acc == metrics.train_acc
+
+
+def test_epoch_of_fewer_than_five_steps_has_a_point_for_each(setup, mini):
+    (metrics,), _ = train(setup, mini, "epochs=1", "batch_size=350")
+    assert [p.epoch for p in metrics.curve] == [0.5, 1.0]
+
+
+def test_host_reads_the_device_five_times_an_epoch_and_once_an_evaluation(setup, mini, monkeypatch):
+    reads = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor) or tolist(tensor))
+    for reader in ("item", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, reader, _refuse)
+    train(setup, dataclasses.replace(mini, val=None), "epochs=2", "batch_size=70")
+    assert len(reads) == 2 * (engine.CURVE_POINTS + 1)
+
+
+def _refuse(tensor, *_):
+    raise AssertionError("the host waited for the device")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+def test_gradient_step_never_waits_for_the_device(setup, optimizer):
+    # Tensors on the meta device have no values: whatever asks for one raises.
+    _, network, _, _ = setup(f"optimizer={optimizer}")
+    network = network.to("meta")
+    steps = optim.optimizer(setup(f"optimizer={optimizer}")[0].optimizer, network.parameters())
+    batch = datasets.Split(
+        torch.empty(8, 1, 28, 28, dtype=torch.uint8, device="meta"),
+        torch.empty(8, dtype=torch.int64, device="meta"),
+    )
+    totals = engine.gradient_step(network, steps, batch)
+    assert totals.device.type == "meta"
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        totals.tolist()
+
+
+def test_forward_pass_stays_on_a_fake_gpu(setup):
+    # Under FakeTensorMode an operation that mixes devices raises, as it would on a real GPU.
+    _, network, _, _ = setup()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        gpu = torch.device("cuda")
+        on_gpu = nn.Sequential(*(layer for layer in network)).to(gpu)
+        split = datasets.Split(
+            torch.empty(2500, 1, 28, 28, dtype=torch.uint8),
+            torch.zeros(2500, dtype=torch.int64),
+        ).to(gpu)
+        batch = split.take(torch.randperm(2500).to(gpu)[:256])
+        logits_NK = engine.forward(on_gpu, batch.images_NCHW)
+        assert logits_NK.device.type == "cuda"
+        assert logits_NK.dtype == torch.float32
+        assert engine.predict(on_gpu, split.images_NCHW).device.type == "cuda"
+
+
+def test_fake_gpu_catches_a_tensor_left_on_the_cpu(setup):
+    # The oracle of the test above: it would see a mistake.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images = torch.empty(4, 1, 28, 28, dtype=torch.uint8, device="cuda")
+        with pytest.raises((RuntimeError, TypeError), match="device"):
+            engine.forward(nn.Linear(28, 10, device="cpu"), images)
+
+
+def test_loss_that_is_not_finite_ends_the_run_with_epoch_and_step(setup, mini):
+    with pytest.raises(RunFailed, match=r"the loss became (nan|inf) in epoch 1, by step \d of 6"):
+        train(
+            setup, mini, "epochs=3", "lr=1000", "model=lenet_relu_max", "batch_size=128", "optimizer=momentum"
+        )
+
+
+def test_evaluation_is_done_in_eval_mode_without_gradients_and_training_goes_on_in_train_mode(setup, mini):
+    seen = []
+    _, network, optimizer, schedule = setup("epochs=2")
+    network.register_forward_hook(
+        lambda module, inputs, output: seen.append((module.training, output.requires_grad, len(output)))
+    )
+    list(engine.train(network, optimizer, schedule, mini, epochs=2, batch_size=350, seed=0))
+    epoch = [(True, True, 350), (True, True, 350), (False, False, 500), (False, False, 100)]
+    assert seen == epoch * 2
+
+
+def test_evaluation_does_not_depend_on_its_batch_size(setup, mini, monkeypatch):
+    _, network, _, _ = setup()
+    whole = engine.evaluate(network, mini.test)
+    monkeypatch.setattr(engine, "EVALUATION_BATCH", 64)
+    parts = engine.evaluate(network, mini.test)
+    assert parts == pytest.approx(whole, abs=1e-6)
+
+
+def test_amp_changes_the_numbers_a_little_and_only_when_asked_for(setup, mini):
+    (plain,), _ = train(setup, mini, "epochs=1", "lr=0.1")
+    (half,), _ = train(setup, mini, "epochs=1", "lr=0.1", amp=True)
+    assert plain.train_loss != half.train_loss
+    assert plain.train_loss == pytest.approx(half.train_loss, rel=0.02)
+
+
+@pytest.mark.gpu
+def test_gpu_learns_what_the_cpu_learns(setup, mini):
+    gpu = torch.device("cuda")
+    on_gpu = dataclasses.replace(mini, train=mini.train.to(gpu), test=mini.test.to(gpu), val=None)
+    config, network, _, _ = setup("epochs=1", "lr=0.1")
+    network = network.to(gpu)
+    steps = optim.optimizer(config.optimizer, network.parameters())
+    schedule = optim.schedule(config.schedule, steps, 1)
+    (metrics,) = engine.train(network, steps, schedule, on_gpu, epochs=1, batch_size=128, seed=0)
+    (expected,), _ = train(setup, mini, "epochs=1", "lr=0.1", "batch_size=128")
+    assert metrics.train_loss == pytest.approx(expected.train_loss, abs=1e-4)

@@ -1,0 +1,97 @@
+"""What enters a config's hash, and what does not."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lenet_sweep import config as configs
+from lenet_sweep import identity
+
+WITHOUT_EFFECT = [
+    "data.root=elsewhere",
+    "tracking=none",
+    "tracking.uri=sqlite:///other.db",
+    "tracking.experiment=another",
+    "sweep.dry_run=true",
+    "profile=true",
+    "model.name=mine",
+]
+WITH_EFFECT = [
+    "lr=0.8",
+    "epochs=11",
+    "batch_size=255",
+    "seed=1",
+    "device=cpu",
+    "threads=1",
+    "target_loss=0.1",
+    "model=lenet_relu_max",
+    "model.hidden=[120,85]",
+    "model.init=pytorch",
+    "optimizer=momentum",
+    "optimizer.weight_decay=0.1",
+    "schedule=cosine",
+    "data=mnist",
+    "data.train_size=1000",
+    "data.val_size=1000",
+    "precision.tf32=true",
+    "precision.amp=true",
+]
+
+
+@pytest.mark.parametrize("override", WITHOUT_EFFECT)
+def test_field_that_cannot_change_a_number_leaves_the_hash(make_config, override):
+    assert identity.config_hash(make_config(override)) == identity.config_hash(make_config())
+
+
+def test_every_field_that_can_change_a_number_changes_the_hash(make_config):
+    hashes = [identity.config_hash(make_config(*override)) for override in [(), *((o,) for o in WITH_EFFECT)]]
+    assert len(set(hashes)) == len(WITH_EFFECT) + 1
+
+
+def test_hash_is_the_same_in_another_process_with_another_hash_seed(make_config):
+    script = (
+        "import json, sys; from lenet_sweep import config, identity;"
+        "print(identity.config_hash(config.parse(json.load(sys.stdin))))"
+    )
+    values = json.dumps(configs.to_dict(make_config()))
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=values,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONHASHSEED": "123", "PATH": ""},
+    )
+    assert done.stdout.strip() == identity.config_hash(make_config())
+
+
+def test_editing_the_training_loop_changes_the_hash_and_editing_the_report_does_not(
+    make_config, monkeypatch, tmp_path
+):
+    for source in identity.PACKAGE.glob("*.py"):
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    monkeypatch.setattr(identity, "PACKAGE", tmp_path)
+    versions = []
+    for edited in (None, "report.py", "engine.py"):
+        if edited:
+            source = tmp_path / edited
+            source.write_text(source.read_text() + "# edited\n")
+        identity.code_version.cache_clear()
+        versions.append(identity.config_hash(make_config()))
+    monkeypatch.undo()
+    identity.code_version.cache_clear()
+    assert versions[0] == versions[1] != versions[2]
+
+
+def test_line_ends_of_a_checkout_do_not_change_the_hash(monkeypatch, tmp_path):
+    for source in identity.PACKAGE.glob("*.py"):
+        (tmp_path / source.name).write_bytes(source.read_bytes().replace(b"\n", b"\r\n"))
+    expected = identity.code_version()
+    monkeypatch.setattr(identity, "PACKAGE", tmp_path)
+    identity.code_version.cache_clear()
+    found = identity.code_version()
+    monkeypatch.undo()
+    identity.code_version.cache_clear()
+    assert found == expected

@@ -1,0 +1,42 @@
+"""Learning-rate schedules against their closed forms."""
+
+import math
+
+import pytest
+import torch
+
+from lenet_sweep import optim
+
+
+def rates(config):
+    """The learning rate of every epoch."""
+    optimizer = optim.optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
+    schedule = optim.schedule(config.schedule, optimizer, config.epochs)
+    seen = []
+    for _ in range(config.epochs):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+def test_constant_schedule_keeps_the_learning_rate(make_config):
+    assert rates(make_config("lr=0.3", "epochs=4")) == [0.3] * 4
+
+
+def test_step_schedule_multiplies_by_gamma_after_every_step_size_epochs(make_config):
+    config = make_config("lr=0.8", "epochs=5", "schedule=step", "schedule.step_size=2")
+    assert rates(config) == pytest.approx([0.8, 0.8, 0.4, 0.4, 0.2])
+
+
+def test_cosine_schedule_is_half_a_cosine_over_all_epochs(make_config):
+    config = make_config("lr=0.8", "epochs=8", "schedule=cosine", "schedule.eta_min=0.1")
+    expected = [0.1 + 0.7 * (1 + math.cos(math.pi * epoch / 8)) / 2 for epoch in range(8)]
+    assert rates(config) == pytest.approx(expected)
+
+
+def test_weight_decay_reaches_the_optimizer(make_config):
+    for name in ("sgd", "adam", "adamw"):
+        config = make_config(f"optimizer={name}", "optimizer.weight_decay=0.25")
+        optimizer = optim.optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
+        assert optimizer.param_groups[0]["weight_decay"] == 0.25

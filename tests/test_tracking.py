@@ -1,0 +1,130 @@
+"""MLflow through the front door: what was logged is what its own client reads back."""
+
+import multiprocessing
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from lenet_sweep import tracking
+from lenet_sweep.config import MlflowConfig, NoTrackingConfig
+from lenet_sweep.errors import OutputError, TrackingError
+
+
+def local(folder: Path) -> MlflowConfig:
+    return MlflowConfig(name="mlflow", uri=f"sqlite:///{folder}/mlruns/mlflow.db", experiment="lenet_sweep")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return local(tmp_path_factory.mktemp("tracked"))
+
+
+def client(config: MlflowConfig):
+    from mlflow import MlflowClient
+
+    return MlflowClient(config.uri)
+
+
+def test_run_holds_what_was_logged_with_its_true_times(store, tmp_path):
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "curves.png").write_bytes(b"a picture")
+    (tmp_path / "config.yaml").write_text("lr: 0.1\n")
+    (tmp_path / "private.txt").write_text("stays behind\n")
+    run = tracking.open_run(store, "lr=0.1", [("lr", 0.1), ("model.pool", "avg")], {"host": "here"}, 1_000)
+    run.log(1, {"train/loss": 2.5, "test/acc": 0.1}, 2_000)
+    run.log(2, {"train/loss": 1.5, "test/acc": 0.2}, 3_000)
+    assert run.end("FINISHED", None, tmp_path, 4_000) is None
+
+    kept = client(store).get_run(run.run_id)
+    assert (kept.info.status, kept.info.start_time, kept.info.end_time) == ("FINISHED", 1_000, 4_000)
+    assert kept.data.params == {"lr": "0.1", "model.pool": "avg"}
+    assert kept.data.tags["host"] == "here"
+    assert kept.info.run_name == "lr=0.1"
+    history = client(store).get_metric_history(run.run_id, "train/loss")
+    assert [(m.step, m.value, m.timestamp) for m in history] == [(1, 2.5, 2_000), (2, 1.5, 3_000)]
+    artifacts = [f.path for f in client(store).list_artifacts(run.run_id)]
+    assert artifacts == ["config.yaml", "plots"]
+    assert Path(client(store).download_artifacts(run.run_id, "plots/curves.png")).read_bytes() == b"a picture"
+
+
+def test_failed_run_keeps_its_reason(store, tmp_path):
+    run = tracking.open_run(store, "bad", [], {}, 1_000)
+    run.end("FAILED", "the loss became nan", tmp_path, 2_000)
+    kept = client(store).get_run(run.run_id)
+    assert kept.info.status == "FAILED"
+    assert kept.data.tags["failure_reason"] == "the loss became nan"
+
+
+def test_database_uses_a_write_ahead_log(store):
+    tracking.open_run(store, "any", [], {}, 0)
+    with sqlite3.connect(store.uri.removeprefix("sqlite:///")) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    connection.close()
+
+
+def test_untracked_run_has_no_id_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tracking.open_run(NoTrackingConfig(name="none"), "any", [], {}, 0)
+    run.log(1, {"train/loss": 1.0}, 0)
+    run.end("FINISHED", None, tmp_path, 0)
+    assert run.run_id is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def _open_at(moment: float, folder: Path, number: int) -> None:
+    time.sleep(max(0.0, moment - time.time()))
+    run = tracking.open_run(local(folder), f"run {number}", [("seed", number)], {}, 0)
+    run.log(1, {"train/loss": float(number)}, 0)
+    run.end("FINISHED", None, folder / "nothing", 1)
+
+
+@pytest.mark.slow
+def test_eight_processes_creating_the_database_at_once_all_find_their_runs_there(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    moment = time.time() + 3
+    workers = [spawn.Process(target=_open_at, args=(moment, tmp_path, i)) for i in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(180)
+    assert [worker.exitcode for worker in workers] == [0] * 8
+    reader = client(local(tmp_path))
+    experiments = [e for e in reader.search_experiments() if e.name == "lenet_sweep"]
+    assert len(experiments) == 1
+    runs = reader.search_runs([experiments[0].experiment_id])
+    assert sorted(int(run.data.params["seed"]) for run in runs) == list(range(8))
+    assert all(run.data.metrics["train/loss"] == int(run.data.params["seed"]) for run in runs)
+    leftovers = [p.name for p in (tmp_path / "mlruns").iterdir() if p.name.startswith(".")]
+    assert leftovers == []
+
+
+def test_deleted_experiment_is_named_with_what_to_do(store):
+    config = MlflowConfig(name="mlflow", uri=store.uri, experiment="gone")
+    tracking.open_run(config, "any", [], {}, 0)
+    reader = client(config)
+    reader.delete_experiment(reader.get_experiment_by_name("gone").experiment_id)
+    with pytest.raises(TrackingError, match=r"tracking\.experiment='gone': was deleted; .*restore"):
+        tracking.open_run(config, "any", [], {}, 0)
+
+
+def test_file_that_is_no_database_is_refused(tmp_path):
+    config = local(tmp_path)
+    (tmp_path / "mlruns").mkdir()
+    (tmp_path / "mlruns" / "mlflow.db").write_text("not a database, but long enough to look at\n")
+    with pytest.raises(TrackingError, match="is not an SQLite database"):
+        tracking.check(config)
+
+
+def test_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "mlruns").write_text("a file is in the way\n")
+    with pytest.raises(OutputError, match="mlruns: is no folder"):
+        tracking.check(local(tmp_path))
+
+
+def test_ui_command_names_the_database_by_its_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = tracking.ui_command("sqlite:///mlruns/mlflow.db")
+    assert command.endswith(f"--backend-store-uri 'sqlite:///{tmp_path}/mlruns/mlflow.db'")
+    assert tracking.ui_command("http://127.0.0.1:5000") is None
