@@ -30,11 +30,12 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from lenet_sweep import config as configs
 from lenet_sweep.config import Config
-from lenet_sweep.errors import ConfigError, LenetSweepError, OutputError
+from lenet_sweep.errors import ConfigError, LenetSweepError, OutputError, TrackingError
 from lenet_sweep.paths import conf_dir
 
 if TYPE_CHECKING:
-    from lenet_sweep.run import Job, Result
+    from lenet_sweep.ledger import Result
+    from lenet_sweep.run import Job
 
 _INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
@@ -72,7 +73,8 @@ def task(composed: DictConfig) -> "Result":
     folder = Path(hydra_config.runtime.output_dir)
     overrides = tuple(hydra_config.overrides.task)
     if hydra_config.mode == RunMode.MULTIRUN:
-        return run(to_config(composed), folder, overrides, _job(hydra_config))
+        config, job = _planned(composed, hydra_config)
+        return run(config, folder, overrides, job)
     try:
         return run(to_config(composed), folder, overrides)
     except LenetSweepError as error:
@@ -127,7 +129,18 @@ def data(arguments: list[str]) -> None:
         print(f"{name}: complete and verified in {sources.ensure(name, chosen.root)}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"data": data}
+def sync(arguments: list[str]) -> None:
+    """Send to the tracking store what it did not get while it was out of reach."""
+    from lenet_sweep import tracking
+
+    argparse.ArgumentParser("python -m lenet_sweep sync", description=sync.__doc__).parse_args(arguments)
+    sent, problems = tracking.deliver_all()
+    print(f"{sent} runs sent in full")
+    if problems:
+        raise TrackingError("\n".join(problems))
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"data": data, "sync": sync}
 
 
 def _hydra() -> None:
@@ -151,14 +164,28 @@ class _Carried(BaseException):
         self.error = error
 
 
-def _job(hydra_config: HydraConf) -> "Job":
-    """Which job of which sweep this is; how many there are stands in the plan that our sweeper leaves."""
+def _planned(composed: DictConfig, hydra_config: HydraConf) -> tuple[Config, "Job"]:
+    """The job's config and its place in the sweep, both from the plan if our sweeper left one.
+
+    Other launchers compose a job when it starts; a file edited since then must not change it.
+    """
     from lenet_sweep.run import Job
 
-    sweep_folder = Path(hydra_config.sweep.dir)
-    plan = sweep_folder / "sweep.json"
-    total = len(json.loads(plan.read_text(encoding="utf-8"))["jobs"]) if plan.exists() else None
-    return Job(sweep_folder.name, int(hydra_config.job.num) + 1, total)
+    folder, number = Path(hydra_config.sweep.dir), int(hydra_config.job.num)
+    plan = read_plan(folder)
+    if plan is None:
+        return to_config(composed), Job(folder.name, number + 1, None)
+    return configs.parse(plan["jobs"][number]["config"]), Job(folder.name, number + 1, len(plan["jobs"]))
+
+
+def read_plan(folder: Path) -> dict[str, Any] | None:
+    """What our sweeper wrote into the sweep's folder: `jobs`, each with its overrides and config."""
+    plan = folder / "sweep.json"
+    if not plan.exists():
+        return None
+    values = json.loads(plan.read_text(encoding="utf-8"))
+    assert isinstance(values, dict)
+    return values
 
 
 def _in_words(error: Exception) -> LenetSweepError:

@@ -194,7 +194,9 @@ class NoTrackingConfig:
 class SweepConfig:
     """How a sweep is carried out; changes no result."""
 
+    rerun: bool
     dry_run: bool
+    fail_fast: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +247,8 @@ def load(path: Path) -> Config:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, AttributeError, LookupError, RecursionError, ValueError) as error:
+        # PyYAML lets errors of its constructors through, as for "!!timestamp x" or "!!bool x".
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{path}: not a config in YAML: {reason}") from error
     if not isinstance(values, dict):

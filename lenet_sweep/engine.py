@@ -58,13 +58,15 @@ def train(
     epochs: int,
     batch_size: int,
     seed: int,
+    first_epoch: int = 1,
     amp: bool = False,
     on_point: Callable[[CurvePoint], None] | None = None,
 ) -> Iterator[EpochMetrics]:
     """Train `network` in place, yielding once an epoch; all tensors stay on the data's device.
 
     The order of examples is a fresh permutation each epoch, drawn on the CPU from `seed` and the
-    epoch's number, so it is the same on every device. `on_point` is called five times an epoch.
+    epoch's number, so it is the same on every device; so a run restored to the state after epoch e
+    goes on with `first_epoch` e + 1, to the bit. `on_point` is called five times an epoch.
 
     Raises:
         RunFailed: at the first curve point where the loss is not a finite number.
@@ -73,7 +75,7 @@ def train(
     steps = math.ceil(len(data.train) / batch_size)
     points = {math.ceil(steps * k / CURVE_POINTS) for k in range(1, CURVE_POINTS + 1)}
 
-    for epoch in range(1, epochs + 1):
+    for epoch in range(first_epoch, epochs + 1):
         started = time.perf_counter()
         network.train()
         order_N = torch.randperm(len(data.train), generator=generator(seed, f"order/{epoch}")).to(device)

@@ -21,6 +21,8 @@ RESULT_MODULES = ("data", "devices", "engine", "model", "optim", "randomness", "
 # Fields that cannot change a number: where things lie, what is watched, and mere labels.
 RESULT_FREE = ("data.root", "model.name", "profile", "sweep", "tracking")
 
+_DIFF_LENGTH = 256 * 1024
+
 PACKAGES = (
     "torch",
     "torchvision",
@@ -74,6 +76,19 @@ def git() -> Git:
     if _git("ls-files", "--error-unmatch", "__init__.py") is None:
         return Git(None, False)
     return Git(_git("rev-parse", "HEAD"), bool(_git("status", "--porcelain", "--untracked-files=no", ":/")))
+
+
+def uncommitted_diff() -> str | None:
+    """What the code's checkout has on top of its commit, as a diff; None if that is nothing.
+
+    At most 256 KiB are kept, with a note if that cut it.
+    """
+    if not git().dirty:
+        return None
+    diff = _git("diff", "HEAD", "--", ":/") or ""
+    if len(diff) > _DIFF_LENGTH:
+        return f"{diff[:_DIFF_LENGTH]}\n[cut here: the whole diff has {len(diff)} characters]\n"
+    return f"{diff}\n"
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -35,8 +35,9 @@ def check_writable(folder: Path) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` if the block succeeds.
 
-    The rename is atomic, so a reader, or a process killed half-way, finds the old file or the
-    new one, whole. On an error the temporary file is removed and `path` is left as it was.
+    The rename is atomic and comes after the content has reached the disk, so a reader, a process
+    killed half-way or a machine that lost power finds the old file or the new one, whole. On an
+    error the temporary file is removed and `path` is left as it was.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
@@ -44,6 +45,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o644)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lenet_sweep import sources, tracking
-from lenet_sweep.config import Config
+from lenet_sweep.config import Config, MlflowConfig, NoTrackingConfig
 from lenet_sweep.paths import check_writable
 
 
@@ -19,7 +19,8 @@ def check(configs: Iterable[Config], folder: Path, say: Callable[[str], None]) -
     """
     configs = list(configs)
     check_writable(folder)
-    for store in {config.tracking for config in configs}:
+    stores = {config.tracking for config in configs}
+    for store in stores:
         tracking.check(store)
     for name in sorted({config.device for config in configs} - {"auto", "cpu"}):
         from lenet_sweep import devices  # imports torch: only for a device that may be missing
@@ -27,3 +28,16 @@ def check(configs: Iterable[Config], folder: Path, say: Callable[[str], None]) -
         devices.resolve(name)
     for name, root in sorted({(config.data.name, config.data.root) for config in configs}):
         sources.ensure(name, Path(root), say)
+    for store in stores:
+        recover(store, say)
+
+
+def recover(store: MlflowConfig | NoTrackingConfig, say: Callable[[str], None]) -> None:
+    """Mend what runs left behind whose process or tracking server died."""
+    sent, problems = tracking.deliver_all()
+    if sent:
+        say(f"{sent} runs that the tracking store had missed were sent")
+    for problem in problems:
+        say(f"not yet tracked in full: {problem}")
+    for run_id in tracking.end_the_dead(store):
+        say(f"run {run_id} was killed; it is marked so")

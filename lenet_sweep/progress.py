@@ -2,12 +2,15 @@
 
 import logging
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
-from lenet_sweep.engine import CurvePoint, EpochMetrics
 from lenet_sweep.shapes import Layer
+
+if TYPE_CHECKING:  # engine imports torch, and a table needs none
+    from lenet_sweep.engine import CurvePoint, EpochMetrics
 
 log = logging.getLogger("lenet_sweep")
 
@@ -30,7 +33,7 @@ def layer_table(layers: list[Layer]) -> str:
     return "\n".join(["layer     kind        output shape", *lines])
 
 
-def epoch_line(metrics: EpochMetrics, epochs: int) -> str:
+def epoch_line(metrics: "EpochMetrics", epochs: int) -> str:
     """One epoch in words and numbers."""
     val = f"val acc {metrics.val_acc:.3f}  " if metrics.val_acc is not None else ""
     return (
@@ -64,13 +67,13 @@ class Watch:
         if self._bar:
             self._bar.stop()
 
-    def point(self, point: CurvePoint) -> None:
+    def point(self, point: "CurvePoint") -> None:
         """A fifth of an epoch is done."""
         if self._bar:
             numbers = f"train loss {point.train_loss:.3f}  train acc {point.train_acc:.3f}  {self._numbers}"
             self._bar.update(self._task, completed=point.epoch, numbers=numbers)
 
-    def epoch(self, metrics: EpochMetrics) -> None:
+    def epoch(self, metrics: "EpochMetrics") -> None:
         """An epoch is done."""
         line = self._label + epoch_line(metrics, self._epochs)
         if not self._bar:

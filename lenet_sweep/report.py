@@ -5,15 +5,19 @@ from pathlib import Path
 
 from rich.table import Table
 
-from lenet_sweep.run import Result
+from lenet_sweep.ledger import Result
 
 
 @dataclass(frozen=True)
 class Row:
-    """One job of a sweep; `result` is None if it did not end (killed, or never started)."""
+    """One job of a sweep.
+
+    `folder` is None if it was finished before the sweep; `result` is None if it did not end (it was
+    killed, or never started).
+    """
 
     overrides: tuple[str, ...]
-    folder: Path
+    folder: Path | None
     result: Result | None
 
     @property
@@ -22,9 +26,14 @@ class Row:
 
     @property
     def status(self) -> str:
-        if self.result:
-            return self.result.status
-        return "LOST" if self.folder.exists() else "not started"
+        if self.result is None:
+            return "LOST" if self.folder and self.folder.exists() else "not started"
+        notes = [
+            note
+            for note, holds in (("collapsed", self.result.collapsed), ("before", not self.folder))
+            if holds
+        ]
+        return f"{self.result.status} ({', '.join(notes)})" if notes else self.result.status
 
 
 def sweep_table(rows: list[Row]) -> Table:

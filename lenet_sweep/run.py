@@ -1,18 +1,24 @@
 """One run from its config to its last words: data, network, training, and everything it leaves.
 
-outputs/.../config.yaml                 the whole config: it alone rebuilds the run
-            metrics.jsonl               a line an epoch, written before anything is tracked
-            environment.json            machine, versions, commit
-            model/weights.safetensors   the weights after the last epoch
-            plots/*.png
-            result.json                 how it ended
-            lenet_sweep.log
+    outputs/.../config.yaml                 the whole config: it alone rebuilds the run
+                metrics.jsonl               a line an epoch, written before anything is tracked
+                environment.json            machine, versions, commit
+                uncommitted.diff            what the code's checkout had on top of its commit
+                tracking.json               the run's id in the tracking store
+                checkpoint.safetensors      its state after the last whole epoch, until it is finished
+                model/weights.safetensors   the weights after the last epoch
+                plots/*.png
+                result.json                 how it ended
+                lenet_sweep.log
+
+A run that was cut short goes on from its checkpoint when the same config is run again, and ends
+with the same bits as one that was never interrupted.
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,12 +29,26 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from lenet_sweep import (
+    checkpoint,
+    devices,
+    engine,
+    identity,
+    ledger,
+    model,
+    optim,
+    plots,
+    progress,
+    shapes,
+    tracking,
+)
 from lenet_sweep import config as configs
 from lenet_sweep import data as datasets
-from lenet_sweep import devices, engine, identity, model, optim, plots, progress, shapes, tracking
-from lenet_sweep.config import CLASSES, IMAGE_SHAPE, Config
+from lenet_sweep.config import CLASSES, IMAGE_SHAPE, Config, NoTrackingConfig
 from lenet_sweep.engine import EpochMetrics
 from lenet_sweep.errors import LenetSweepError, OutputError, RunFailed
+from lenet_sweep.journal import Line
+from lenet_sweep.ledger import Entry, Result
 from lenet_sweep.paths import atomic_path, write_atomic
 from lenet_sweep.randomness import generator
 
@@ -44,61 +64,90 @@ class Job:
     total: int | None
 
 
-@dataclass(frozen=True)
-class Result:
-    """How a run ended, as `result.json` keeps it. `metrics` are its last epoch's, by MLflow's names."""
+@dataclass
+class Trained:
+    """What training works on, and what it has reached."""
 
-    status: tracking.Status
-    reason: str | None
-    run_id: str | None
-    config_hash: str
-    epochs: int
-    seconds: float
-    metrics: dict[str, float]
+    data: datasets.Data
+    network: nn.Sequential
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    lines: list[Line]
+
+    @property
+    def last(self) -> EpochMetrics:
+        return self.lines[-1].metrics
 
 
 def run(config: Config, folder: Path, overrides: tuple[str, ...] = (), job: Job | None = None) -> Result:
     """Train what `config` describes; leave everything in `folder` and the tracking store.
 
-    `overrides` are what the user typed; they name the run.
+    `overrides` are what the user typed; they name the run. Only one process trains a config at a
+    time, others wait. A job of a sweep that is finished already is not trained again; a run that
+    was interrupted goes on; `config.sweep.rerun` starts afresh in both cases.
 
     Raises:
         OutputError: if `folder` holds a run already or cannot be written.
         DataError, DeviceError, TrackingError: if the run cannot start.
         RunFailed: if it started and did not reach its end; its status is then FAILED.
     """
-    started = time.time()
+    config_hash = identity.config_hash(config)
+    name = _name(overrides) or config.model.name
+    with ledger.claim(config_hash, lambda: progress.say(f"{name}: another process trains it; waiting")):
+        if job and not config.sweep.rerun:
+            done = tracking.finished(config.tracking, config_hash)
+            if done:
+                progress.say(f"{_label(overrides, job)}: finished before, not trained again")
+                return done
+        previous = None if config.sweep.rerun else _interrupted(config, config_hash)
+        return _run(config, config_hash, folder, overrides, job, previous)
+
+
+def _run(
+    config: Config,
+    config_hash: str,
+    folder: Path,
+    overrides: tuple[str, ...],
+    job: Job | None,
+    previous: Entry | None,
+) -> Result:
+    started, start_ms = time.perf_counter(), int(time.time() * 1000)
     _claim(folder, config)
     device = devices.resolve(config.device)
     devices.set_arithmetic(config.threads, config.precision)
     data = datasets.load(config.data, config.seed, device, progress.say)
     network = model.build(config.model, generator(config.seed, "init")).to(device)
+    optimizer = optim.optimizer(config.optimizer, network.parameters())
+    schedule = optim.schedule(config.schedule, optimizer, config.epochs)
+    trained = Trained(data, network, optimizer, schedule, [])
     _introduce(config, device, overrides, job)
+    run_id = _take_over(previous, trained, config_hash) if previous else None
 
+    write_atomic(folder / "environment.json", _json(identity.environment(devices.describe(device))))
+    if diff := identity.uncommitted_diff():
+        write_atomic(folder / "uncommitted.diff", diff)
     tracked = tracking.open_run(
         config.tracking,
-        name=_name(overrides) or config.model.name,
-        params=configs.flatten(configs.to_dict(config)),
-        tags=_tags(config, job),
-        time_ms=int(started * 1000),
+        folder,
+        _name(overrides) or config.model.name,
+        _tags(config_hash, job),
+        start_ms,
+        run_id,
     )
-    _write_json(folder / "environment.json", identity.environment(devices.describe(device)))
+    ledger.enter(config_hash, Entry(folder, _store(config), tracked.run_id))
 
-    history: list[EpochMetrics] = []
-    status: tracking.Status = "FAILED"
+    status: ledger.Status = "FAILED"
     reason: str | None = None
     try:
-        try:
-            _train(config, network, data, folder, tracked, history, _label(overrides, job))
-        finally:
-            # Also a run that was stopped or went wrong keeps what it has learned.
-            if history:
-                _save(config, network, data, folder, history)
+        _train(config, config_hash, trained, folder, tracked, _label(overrides, job))
+        if previous:
+            (previous.folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        _save(config, trained, folder)
         status = "FINISHED"
     except KeyboardInterrupt:
         status, reason = "KILLED", "interrupted"
         raise
-    except (LenetSweepError, OSError, RuntimeError) as error:
+    except (LenetSweepError, OSError, RuntimeError, MemoryError) as error:
         # RuntimeError: torch's own, out of memory among them.
         reason = _reason(error)
         log.exception("the run failed")
@@ -110,97 +159,138 @@ def run(config: Config, folder: Path, overrides: tuple[str, ...] = (), job: Job 
         result = Result(
             status,
             reason,
+            bool(trained.lines) and _is_collapsed(trained.last),
             tracked.run_id,
-            identity.config_hash(config),
-            len(history),
-            round(time.time() - started, 3),
-            named(history[-1]) if history else {},
+            config_hash,
+            round(time.perf_counter() - started, 3),
+            trained.lines[-1].named() if trained.lines else {},
         )
-        _write_json(folder / "result.json", dataclasses.asdict(result))
-        untracked = tracked.end(status, reason, folder, int(time.time() * 1000))
-        if untracked:
-            progress.say(f"not all could be tracked ({untracked}); everything is in {folder}")
-    _last_words(history[-1], device, folder, tracked, job)
+        _end(result, tracked, folder)
+    _last_words(result, trained.last, device, folder, tracked, job)
     return result
 
 
-def read_result(folder: Path) -> Result | None:
-    """The result that a run left in `folder`; None if it left none (killed, or not started)."""
+def _end(result: Result, tracked: tracking.Run, folder: Path) -> None:
+    """Write down how the run ended and close it in the store, or remember that this is still to do."""
     try:
-        return Result(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def named(metrics: EpochMetrics) -> dict[str, float]:
-    """An epoch's metrics by the names they have in MLflow and in metrics.jsonl."""
-    values = {
-        "train/loss": metrics.train_loss,
-        "train/acc": metrics.train_acc,
-        "test/loss": metrics.test_loss,
-        "test/acc": metrics.test_acc,
-        "val/loss": metrics.val_loss,
-        "val/acc": metrics.val_acc,
-        "speed/examples_per_s": metrics.examples_per_s,
-        "speed/epoch_s": metrics.epoch_s,
-    }
-    return {name: value for name, value in values.items() if value is not None}
+        ledger.mark_unsynced(result.config_hash, folder)
+        ledger.write_result(folder, result)
+    except OSError as error:
+        # A full disk must not hide why the run ended, nor leave it as running in the store.
+        progress.say(f"{folder}: the result could not be written: {error.strerror}")
+    problem = tracked.end(result)
+    if problem:
+        progress.say(f"not all could be tracked ({problem}); python -m lenet_sweep sync sends the rest later")
+        return
+    with contextlib.suppress(OSError):
+        ledger.mark_synced(result.config_hash)
+    if result.status == "FINISHED":
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
 
 def _train(
     config: Config,
-    network: nn.Sequential,
-    data: datasets.Data,
+    config_hash: str,
+    trained: Trained,
     folder: Path,
     tracked: tracking.Run,
-    history: list[EpochMetrics],
     label: str,
 ) -> None:
-    """Train, and after every epoch write its metrics down, track them and show them."""
-    optimizer = optim.optimizer(config.optimizer, network.parameters())
-    schedule = optim.schedule(config.schedule, optimizer, config.epochs)
+    """Train on; after every epoch keep the state, write the metrics down, track and show them."""
+
+    def keep(line: Line) -> None:
+        # First the checkpoint: what is tracked must never be more than a resumed run knows of.
+        saved = folder / "checkpoint.safetensors"
+        checkpoint.save(
+            saved, trained.network, trained.optimizer, trained.schedule, config_hash, trained.lines
+        )
+        journal.write(line.dump() + "\n")
+        journal.flush()
+        tracked.log(line.metrics.epoch, line.named(), line.time_ms)
+
     with (
         progress.Watch(config.epochs, label) as watch,
-        open(folder / "metrics.jsonl", "a", encoding="utf-8") as journal,
+        open(folder / "metrics.jsonl", "w", encoding="utf-8") as journal,
         _profiler(folder) if config.profile else contextlib.nullcontext(),
     ):
+        for line in trained.lines:
+            keep(line)
+            watch.epoch(line.metrics)
+        if _is_done(config, trained):
+            return
         for metrics in engine.train(
-            network,
-            optimizer,
-            schedule,
-            data,
+            trained.network,
+            trained.optimizer,
+            trained.schedule,
+            trained.data,
             epochs=config.epochs,
             batch_size=config.batch_size,
             seed=config.seed,
+            first_epoch=len(trained.lines) + 1,
             amp=config.precision.amp,
             on_point=watch.point,
         ):
-            history.append(metrics)
-            time_ms = int(time.time() * 1000)
-            journal.write(json.dumps(_journal_line(metrics, time_ms)) + "\n")
-            journal.flush()
-            tracked.log(metrics.epoch, named(metrics), time_ms)
+            trained.lines.append(Line(metrics, _now_ms(trained.lines)))
+            keep(trained.lines[-1])
             watch.epoch(metrics)
-            if config.target_loss is not None and metrics.train_loss < config.target_loss:
-                log.info("train loss is below target_loss=%g", config.target_loss)
-                break
+            if _is_done(config, trained):
+                return
 
 
-def _journal_line(metrics: EpochMetrics, time_ms: int) -> dict[str, Any]:
-    curve = [[point.epoch, point.train_loss, point.train_acc] for point in metrics.curve]
-    return {"epoch": metrics.epoch, "time_ms": time_ms, **named(metrics), "curve": curve}
+def _is_done(config: Config, trained: Trained) -> bool:
+    if not trained.lines:
+        return False
+    reached = config.target_loss is not None and trained.last.train_loss < config.target_loss
+    return reached or trained.last.epoch == config.epochs
 
 
-def _save(
-    config: Config, network: nn.Sequential, data: datasets.Data, folder: Path, history: list[EpochMetrics]
-) -> None:
+def _is_collapsed(metrics: EpochMetrics) -> bool:
+    """Whether the epoch was no better than guessing: a network that is stuck, without any NaN."""
+    at_chance = abs(metrics.train_acc - 1 / CLASSES) < 0.02
+    return at_chance and abs(metrics.train_loss - math.log(CLASSES)) < 0.02
+
+
+def _interrupted(config: Config, config_hash: str) -> Entry | None:
+    """The run of this config that did not end, in the same store; None if there is none."""
+    entry = ledger.look_up(config_hash)
+    if entry is None or entry.store != _store(config) or not entry.folder.is_dir():
+        return None
+    result = ledger.read_result(entry.folder)
+    return entry if result is None or result.status == "KILLED" else None
+
+
+def _take_over(previous: Entry, trained: Trained, config_hash: str) -> str | None:
+    """Restore the state that an interrupted run reached; return the id of the run to go on with."""
+    path = previous.folder / "checkpoint.safetensors"
+    if not path.exists():
+        # Nothing was tracked yet, so its run can be filled from the start.
+        return previous.run_id
+    try:
+        trained.lines = checkpoint.restore(
+            path, trained.network, trained.optimizer, trained.schedule, config_hash
+        )
+    except checkpoint.Damaged as error:
+        progress.say(f"{error}; the run starts from its first epoch")
+        return None
+    progress.say(f"going on after epoch {trained.last.epoch} of {previous.folder}")
+    return previous.run_id
+
+
+def _now_ms(lines: list[Line]) -> int:
+    """Milliseconds since 1970, never before the last line's: clocks are set back at times."""
+    now = int(time.time() * 1000)
+    return max(now, lines[-1].time_ms) if lines else now
+
+
+def _save(config: Config, trained: Trained, folder: Path) -> None:
     """Write the weights and the pictures."""
+    network, data = trained.network, trained.data
     weights = folder / "model" / "weights.safetensors"
     weights.parent.mkdir(exist_ok=True)
     with atomic_path(weights) as temporary:
         save_file({name: tensor.cpu() for name, tensor in network.state_dict().items()}, temporary)
     title = f"{config.model.name}, {config.optimizer.name}, lr {config.optimizer.lr:g}"
-    plots.curves(history, title, folder / "plots" / "curves.png")
+    plots.curves([line.metrics for line in trained.lines], title, folder / "plots" / "curves.png")
     predicted_N = engine.predict(network, data.test.images_NCHW, config.precision.amp)
     counts = torch.bincount(data.test.labels_N * CLASSES + predicted_N, minlength=CLASSES**2)
     plots.confusion_matrix(
@@ -235,9 +325,16 @@ def _introduce(config: Config, device: torch.device, overrides: tuple[str, ...],
 
 
 def _last_words(
-    metrics: EpochMetrics, device: torch.device, folder: Path, tracked: tracking.Run, job: Job | None
+    result: Result,
+    metrics: EpochMetrics,
+    device: torch.device,
+    folder: Path,
+    tracked: tracking.Run,
+    job: Job | None,
 ) -> None:
     """The tutorial's two lines, and for a single run where to find it."""
+    if result.collapsed:
+        progress.say("collapsed: it guesses (accuracy at chance, loss at ln 10); try a smaller lr")
     progress.say(
         f"loss {metrics.train_loss:.3f}, train acc {metrics.train_acc:.3f}, test acc {metrics.test_acc:.3f}"
     )
@@ -248,18 +345,24 @@ def _last_words(
             progress.say(line)
 
 
-def _tags(config: Config, job: Job | None) -> dict[str, str]:
-    environment = identity.environment("")
+def _store(config: Config) -> str | None:
+    """The tracking store in one word, None without one."""
+    if isinstance(config.tracking, NoTrackingConfig):
+        return None
+    return f"{config.tracking.uri} {config.tracking.experiment}"
+
+
+def _tags(config_hash: str, job: Job | None) -> dict[str, str]:
+    git = identity.git()
     tags = {
-        "config_hash": identity.config_hash(config),
-        "host": environment["host"],
-        "git_commit": environment["git_commit"] or "none: not run from a checkout",
-        "git_dirty": str(environment["git_dirty"]).lower(),
+        "config_hash": config_hash,
+        "git_commit": git.commit or "none: not run from a checkout",
+        "git_dirty": str(git.dirty).lower(),
         "mlflow.source.name": "lenet_sweep",
         "mlflow.source.type": "LOCAL",
     }
-    if environment["git_commit"]:
-        tags["mlflow.source.git.commit"] = environment["git_commit"]
+    if git.commit:
+        tags["mlflow.source.git.commit"] = git.commit
     if job:
         tags["sweep_id"] = job.sweep_id
     return tags
@@ -281,6 +384,8 @@ def _label(overrides: tuple[str, ...], job: Job | None) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory on the device: {str(error).splitlines()[0]}"
+    if isinstance(error, MemoryError):
+        return "out of memory"
     if isinstance(error, LenetSweepError):
         return str(error)
     return f"{type(error).__name__}: {error}"
@@ -302,5 +407,5 @@ def _profiler(folder: Path) -> Iterator[None]:
     progress.say(f"trace {folder / 'profile' / 'trace.json'} (open it in https://ui.perfetto.dev)")
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    write_atomic(path, json.dumps(values, indent=2) + "\n")
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"

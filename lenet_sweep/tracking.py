@@ -1,51 +1,72 @@
 """MLflow: the one module that imports it.
 
-`check` answers in seconds whether a tracking store can be used; `open_run` starts a run there.
-What a run logs goes to its output folder first, so a server that dies costs no number: what could
-not be sent is sent with the next epoch or at the end.
+`check` answers in seconds whether a tracking store can be used; `open_run` starts a run there, or
+goes on with one. What a run logs goes to its output folder first, so a server that dies costs no
+number: training goes on, and `deliver` sends what is missing, with its true times, at the end of the
+run or at any later command. Sending anything twice leaves it there once.
 """
 
+import json
 import logging
 import os
+import socket
 import sqlite3
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import psutil
+import yaml
 from filelock import FileLock, Timeout
 
+from lenet_sweep import config as configs
+from lenet_sweep import ledger
 from lenet_sweep.config import MlflowConfig, NoTrackingConfig
 from lenet_sweep.errors import TrackingError
-from lenet_sweep.paths import atomic_path, check_writable
+from lenet_sweep.ledger import Result
+from lenet_sweep.paths import atomic_path, check_writable, write_atomic
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
-
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+    from mlflow.entities import Run as MlflowEntity
 
 log = logging.getLogger(__name__)
 
 _PARAM_LENGTH = 6000  # MLflow refuses longer values
+_BATCH = 1000  # metrics in one call, MLflow's limit
+_RETRY_S = 30  # after a call failed, how long none is tried
 _SQLITE = "sqlite:///"
-# A dead server blocks each call for minutes at MLflow's own defaults.
+# A dead server blocks each call for minutes at MLflow's own defaults; what is lost is sent again by us.
 _CLIENT_SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
 
+@dataclass(frozen=True)
+class Registration:
+    """What a run is in its store, as `tracking.json` in its folder keeps it."""
+
+    uri: str
+    experiment: str
+    name: str
+    tags: dict[str, str]
+    start_ms: int
+    run_id: str | None  # None: the store was out of reach, so the run is still to be created there
+
+
 class Run(Protocol):
-    """A run being tracked; all methods return within seconds and raise nothing when a server dies."""
+    """A run being tracked; each method returns within seconds and raises nothing when a server dies."""
 
     run_id: str | None
 
     def log(self, epoch: int, metrics: dict[str, float], time_ms: int) -> None: ...
-    def end(self, status: Status, reason: str | None, artifacts: Path, time_ms: int) -> str | None: ...
+    def end(self, result: Result) -> str | None: ...
     def where(self) -> list[str]: ...
 
 
@@ -59,19 +80,7 @@ def check(config: MlflowConfig | NoTrackingConfig) -> None:
     if isinstance(config, NoTrackingConfig):
         return
     if config.uri.startswith(("http://", "https://")):
-        try:
-            urllib.request.urlopen(f"{config.uri.rstrip('/')}/health", timeout=3).close()
-        except urllib.error.HTTPError as error:
-            if error.code not in (401, 403):  # a guarded server; MLflow's client brings the credentials
-                raise TrackingError(
-                    f"tracking.uri={config.uri!r}: what answers there is no MLflow server (HTTP {error.code})"
-                ) from error
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", None) or error
-            raise TrackingError(
-                f"tracking.uri={config.uri!r}: no MLflow server answers there ({reason}); "
-                "start it, or use tracking=mlflow (a local database) or tracking=none"
-            ) from error
+        _check_server(config.uri)
     elif config.uri.startswith(_SQLITE):
         database = _database(config.uri)
         check_writable(database.parent)
@@ -81,38 +90,112 @@ def check(config: MlflowConfig | NoTrackingConfig) -> None:
 
 def open_run(
     config: MlflowConfig | NoTrackingConfig,
+    folder: Path,
     name: str,
-    params: Iterable[tuple[str, Any]],
     tags: dict[str, str],
-    time_ms: int,
+    start_ms: int,
+    run_id: str | None = None,
 ) -> Run:
-    """Start a run with these params and tags; the store is created if it is a missing local database.
+    """Start a run, or go on with `run_id`; its params are those of `folder`/config.yaml.
+
+    A local database that is missing is created. A store that is out of reach is only noted: the
+    run is then created by `deliver`, when it can be.
 
     Raises:
-        TrackingError: if the store cannot be reached or created.
+        TrackingError: if the store refuses the run.
     """
     if isinstance(config, NoTrackingConfig):
         return _Untracked()
-    for key, value in _CLIENT_SETTINGS.items():
-        os.environ.setdefault(key, value)
-    from mlflow import MlflowClient
-    from mlflow.entities import Param
-
-    for chatty in ("mlflow.store.db.utils", "alembic"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-
     uri = _absolute(config.uri)
-    if uri.startswith(_SQLITE):
-        _create_database(_database(uri))
+    registration = Registration(uri, config.experiment, name, tags | _process(), start_ms, run_id)
+    run = _MlflowRun(registration, folder)
+    run.begin()
+    return run
+
+
+def finished(config: MlflowConfig | NoTrackingConfig, config_hash: str) -> Result | None:
+    """The result of a finished run of the same config and code in this store; None if there is none.
+
+    Raises:
+        TrackingError: if the store cannot be asked.
+    """
+    if isinstance(config, NoTrackingConfig):
+        entry = ledger.look_up(config_hash)
+        result = ledger.read_result(entry.folder) if entry else None
+        return result if result and result.status == "FINISHED" else None
+    if config.uri.startswith(_SQLITE) and not _database(config.uri).exists():
+        return None
     try:
-        client = MlflowClient(uri)
-        experiment_id = _experiment(client, config.experiment, uri)
-        run = client.create_run(experiment_id, start_time=time_ms, tags=tags, run_name=name)
-        run_id = run.info.run_id
-        client.log_batch(run_id, params=[Param(key, str(value)[:_PARAM_LENGTH]) for key, value in params])
+        client = _client(config.uri)
+        experiment = client.get_experiment_by_name(config.experiment)
+        if experiment is None:
+            return None
+        found = client.search_runs(
+            [experiment.experiment_id],
+            f"attributes.status = 'FINISHED' and tags.config_hash = '{config_hash}'",
+            max_results=1,
+        )
     except _store_errors() as error:
         raise TrackingError(f"tracking.uri={config.uri!r}: {_first_line(error)}") from error
-    return _MlflowRun(client, uri, experiment_id, run_id)
+    return _result(found[0], config_hash) if found else None
+
+
+def end_the_dead(config: MlflowConfig | NoTrackingConfig) -> list[str]:
+    """Mark as KILLED what stands as RUNNING though its process on this machine is gone; return the ids.
+
+    A process that was killed, or a machine that lost power, could not do so itself.
+    """
+    if isinstance(config, NoTrackingConfig):
+        return []
+    if config.uri.startswith(_SQLITE) and not _database(config.uri).exists():
+        return []
+    ended = []
+    try:
+        client = _client(config.uri)
+        experiment = client.get_experiment_by_name(config.experiment)
+        host = socket.gethostname().replace("'", "")
+        running = f"attributes.status = 'RUNNING' and tags.host = '{host}'"
+        for run in client.search_runs([experiment.experiment_id], running) if experiment else []:
+            if not _is_alive(run.data.tags):
+                client.set_tag(run.info.run_id, "failure_reason", "its process was killed")
+                client.set_terminated(run.info.run_id, "KILLED")
+                ended.append(run.info.run_id)
+    except _store_errors() as error:
+        log.warning("stale runs could not be looked for: %s", _first_line(error))
+    return ended
+
+
+def deliver_all() -> tuple[int, list[str]]:
+    """Deliver every ended run that its store has not got in full; return how many, and what went wrong."""
+    sent, problems = 0, []
+    for config_hash, folder in ledger.unsynced():
+        if ledger.is_claimed(config_hash):
+            continue  # it has not ended yet
+        if problem := deliver(folder):
+            problems.append(problem)
+        else:
+            ledger.mark_synced(config_hash)
+            sent += 1
+    return sent, problems
+
+
+def deliver(folder: Path) -> str | None:
+    """Send everything that the ended run in `folder` has; return what went wrong, None if nothing did."""
+    result = ledger.read_result(folder)
+    try:
+        values = json.loads((folder / "tracking.json").read_text(encoding="utf-8"))
+        run = _MlflowRun(Registration(**values), folder)
+    except (OSError, ValueError, TypeError) as error:
+        return f"{folder}: {error}"
+    if result is None:
+        return None  # killed before it could say how it ended: it is resumed, not delivered
+    try:
+        if run.is_remote():
+            _check_server(run.uri)
+        run.begin()
+    except TrackingError as error:
+        return str(error)
+    return run.end(result)
 
 
 def ui_command(uri: str) -> str | None:
@@ -129,7 +212,7 @@ class _Untracked:
     def log(self, epoch: int, metrics: dict[str, float], time_ms: int) -> None:
         pass
 
-    def end(self, status: Status, reason: str | None, artifacts: Path, time_ms: int) -> None:
+    def end(self, result: Result) -> None:
         pass
 
     def where(self) -> list[str]:
@@ -137,64 +220,174 @@ class _Untracked:
 
 
 class _MlflowRun:
-    def __init__(self, client: "MlflowClient", uri: str, experiment_id: str, run_id: str) -> None:
-        self.run_id: str | None = run_id
-        self._id = run_id
-        self._client = client
-        self._uri = uri
-        self._experiment_id = experiment_id
-        self._unsent: list[Metric] = []
+    def __init__(self, registration: Registration, folder: Path) -> None:
+        self.run_id = registration.run_id
+        self.uri = registration.uri
+        self._registration = registration
+        self._folder = folder
+        self._experiment_id = ""
+        self._complete = False  # the store has every metric that was logged
+        self._silent_until = 0.0
+
+    def begin(self) -> None:
+        """Create the run, or mark it as running again; note it in the folder either way."""
+        from mlflow.entities import Param
+
+        registration = self._registration
+        try:
+            client = _client(registration.uri)
+            self._experiment_id = _experiment(client, registration.experiment, registration.uri)
+            if self.run_id is None:
+                params = configs.flatten(
+                    yaml.safe_load((self._folder / "config.yaml").read_text(encoding="utf-8"))
+                )
+                run = client.create_run(
+                    self._experiment_id, registration.start_ms, registration.tags, registration.name
+                )
+                self.run_id = run.info.run_id
+                client.log_batch(
+                    self.run_id, params=[Param(key, str(value)[:_PARAM_LENGTH]) for key, value in params]
+                )
+                self._complete = True
+            else:
+                # First whose it is, then that it runs, or `end_the_dead` could end it in between.
+                for key, value in registration.tags.items():
+                    client.set_tag(self.run_id, key, value)
+                client.update_run(self.run_id, "RUNNING")
+                if "failure_reason" in client.get_run(self.run_id).data.tags:
+                    client.delete_tag(self.run_id, "failure_reason")
+        except _store_errors() as error:
+            if not self.is_remote():
+                raise TrackingError(f"tracking.uri={registration.uri!r}: {_first_line(error)}") from error
+            self._lose(error)
+        note = json.dumps(asdict(registration) | {"run_id": self.run_id}, indent=2)
+        write_atomic(self._folder / "tracking.json", note + "\n")
 
     def log(self, epoch: int, metrics: dict[str, float], time_ms: int) -> None:
         from mlflow.entities import Metric
 
-        self._unsent += [Metric(key, value, time_ms, epoch) for key, value in metrics.items()]
-        problem = self._send()
-        if problem:
-            log.warning("epoch %d could not be tracked yet: %s", epoch, problem)
-
-    def end(self, status: Status, reason: str | None, artifacts: Path, time_ms: int) -> str | None:
-        """Send what is left and close the run; return what went wrong, if anything did."""
-        problem = self._send()
+        if self.run_id is None or time.monotonic() < self._silent_until:
+            self._complete = False
+            return
         try:
-            if reason:
-                self._client.set_tag(self._id, "failure_reason", reason[:_PARAM_LENGTH])
-            for path in sorted(artifacts.rglob("*")):
-                relative = path.relative_to(artifacts)
-                if path.is_file() and _is_artifact(relative):
-                    parent = relative.parent.as_posix()
-                    self._client.log_artifact(self._id, str(path), None if parent == "." else parent)
-            self._client.set_terminated(self._id, status, end_time=time_ms)
+            points = [Metric(key, value, time_ms, epoch) for key, value in metrics.items()]
+            _client(self.uri).log_batch(self.run_id, metrics=points)
         except _store_errors() as error:
-            problem = problem or _first_line(error)
-        return problem
+            self._lose(error)
+
+    def end(self, result: Result) -> str | None:
+        """Send what the store has not got, and close the run; return what went wrong, if anything did."""
+        if self.run_id is None:
+            return "the run could not be created in the store"
+        try:
+            client = _client(self.uri)
+            if not self._complete:
+                self._send_all(client)
+            if result.reason:
+                client.set_tag(self.run_id, "failure_reason", result.reason[:_PARAM_LENGTH])
+            if result.collapsed:
+                client.set_tag(self.run_id, "collapsed", "true")
+            for path in sorted(self._folder.rglob("*")):
+                relative = path.relative_to(self._folder)
+                if path.is_file() and relative.parts[0] in _ARTIFACTS:
+                    parent = relative.parent.as_posix()
+                    client.log_artifact(self.run_id, str(path), None if parent == "." else parent)
+            end_ms = int((self._folder / "result.json").stat().st_mtime * 1000)
+            client.set_terminated(self.run_id, result.status, max(end_ms, self._registration.start_ms))
+        except _store_errors() as error:
+            return _first_line(error)
+        return None
 
     def where(self) -> list[str]:
         """Lines that say where the run is and how to open it."""
-        page = f"#/experiments/{self._experiment_id}/runs/{self._id}"
-        command = ui_command(self._uri)
-        lines = [f"MLflow run {self._id}"]
+        if self.run_id is None:
+            return []
+        page = f"#/experiments/{self._experiment_id}/runs/{self.run_id}"
+        command = ui_command(self.uri)
+        lines = [f"MLflow run {self.run_id}"]
         if command:
             return [*lines, command, f"    then open http://127.0.0.1:5000/{page}"]
-        return [*lines, f"{self._uri.rstrip('/')}/{page}"]
+        return [*lines, f"{self.uri.rstrip('/')}/{page}"]
 
-    def _send(self) -> str | None:
-        try:
-            # Sending a point twice leaves one, so nothing is lost or doubled if an answer got lost.
-            for i in range(0, len(self._unsent), 1000):
-                self._client.log_batch(self._id, metrics=self._unsent[i : i + 1000])
-        except _store_errors() as error:
-            return _first_line(error)
-        self._unsent.clear()
-        return None
+    def _send_all(self, client: "MlflowClient") -> None:
+        """Send every metric of metrics.jsonl; those that are there already stay as they are."""
+        from mlflow.entities import Metric
+
+        assert self.run_id is not None
+        points = []
+        for line in (self._folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            for key, value in values.items():
+                if "/" in key:
+                    points.append(Metric(key, value, values["time_ms"], values["epoch"]))
+        for i in range(0, len(points), _BATCH):
+            client.log_batch(self.run_id, metrics=points[i : i + _BATCH])
+
+    def _lose(self, error: Exception) -> None:
+        log.warning("tracking store out of reach, all is kept in the output folder: %s", _first_line(error))
+        self._complete = False
+        self._silent_until = time.monotonic() + _RETRY_S
+
+    def is_remote(self) -> bool:
+        return self.uri.startswith(("http://", "https://"))
 
 
 # Of an output folder, these go to MLflow; Hydra's own files and the log stay behind.
-_ARTIFACTS = ("config.yaml", "environment.json", "metrics.jsonl", "model", "plots", "profile")
+_ARTIFACTS = (
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "uncommitted.diff",
+    "model",
+    "plots",
+    "profile",
+)
 
 
-def _is_artifact(relative: Path) -> bool:
-    return relative.parts[0] in _ARTIFACTS
+def _client(uri: str) -> "MlflowClient":
+    """A client of the store (MLflow keeps its connections); a missing local database is created."""
+    for key, value in _CLIENT_SETTINGS.items():
+        os.environ.setdefault(key, value)
+    from mlflow import MlflowClient
+
+    for chatty in ("mlflow.store.db.utils", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    uri = _absolute(uri)
+    if uri.startswith(_SQLITE):
+        _create_database(_database(uri))
+    return MlflowClient(uri)
+
+
+def _process() -> dict[str, str]:
+    """Tags by which `end_the_dead` knows whether the run's process still lives."""
+    started = psutil.Process().create_time()
+    return {"host": socket.gethostname(), "pid": str(os.getpid()), "process_start": f"{started:.2f}"}
+
+
+def _is_alive(tags: dict[str, str]) -> bool:
+    """Whether the process that these tags name still runs; a process number alone may be another's by now."""
+    try:
+        process = psutil.Process(int(tags["pid"]))
+        same = abs(process.create_time() - float(tags["process_start"])) < 2
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except (KeyError, ValueError, psutil.NoSuchProcess):
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+def _result(run: "MlflowEntity", config_hash: str) -> Result:
+    end_ms = run.info.end_time or run.info.start_time
+    metrics = dict(run.data.metrics)
+    return Result(
+        "FINISHED",
+        None,
+        run.data.tags.get("collapsed") == "true",
+        run.info.run_id,
+        config_hash,
+        seconds=(end_ms - run.info.start_time) / 1000,
+        metrics=metrics,
+    )
 
 
 def _store_errors() -> tuple[type[Exception], ...]:
@@ -253,6 +446,22 @@ def _create_database(database: Path) -> None:
         raise TrackingError(f"{database}: another process has been creating it for two minutes") from error
     except OSError as error:
         raise TrackingError(f"{database}: cannot be created: {error.strerror}") from error
+
+
+def _check_server(uri: str) -> None:
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=3).close()
+    except urllib.error.HTTPError as error:
+        if error.code not in (401, 403):  # a guarded server; MLflow's client brings the credentials
+            raise TrackingError(
+                f"tracking.uri={uri!r}: what answers there is no MLflow server (HTTP {error.code})"
+            ) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise TrackingError(
+            f"tracking.uri={uri!r}: no MLflow server answers there ({reason}); "
+            "start it, or use tracking=mlflow (a local database) or tracking=none"
+        ) from error
 
 
 def _check_database(database: Path) -> None:

@@ -11,9 +11,13 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from lenet_sweep.config import Config
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no failed test
+hypothesis.settings.load_profile("no deadline")
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 MakeConfig = Callable[..., Config]

@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-from lenet_sweep import tracking
+from lenet_sweep import ledger, tracking
 from lenet_sweep.config import MlflowConfig, NoTrackingConfig
 from lenet_sweep.errors import OutputError, TrackingError
 
@@ -27,21 +28,33 @@ def client(config: MlflowConfig):
     return MlflowClient(config.uri)
 
 
+def open_run(config, folder, params=(), **options):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(params)))
+    return tracking.open_run(config, folder, "a name", {"config_hash": "cafe"}, 1_000, **options)
+
+
+def end(run, folder, status="FINISHED", reason=None):
+    result = ledger.Result(status, reason, False, run.run_id, "cafe", 1.0, {})
+    ledger.write_result(folder, result)
+    return run.end(result)
+
+
 def test_run_holds_what_was_logged_with_its_true_times(store, tmp_path):
+    run = open_run(store, tmp_path, {"lr": 0.1, "model": {"pool": "avg"}})
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "curves.png").write_bytes(b"a picture")
-    (tmp_path / "config.yaml").write_text("lr: 0.1\n")
     (tmp_path / "private.txt").write_text("stays behind\n")
-    run = tracking.open_run(store, "lr=0.1", [("lr", 0.1), ("model.pool", "avg")], {"host": "here"}, 1_000)
     run.log(1, {"train/loss": 2.5, "test/acc": 0.1}, 2_000)
     run.log(2, {"train/loss": 1.5, "test/acc": 0.2}, 3_000)
-    assert run.end("FINISHED", None, tmp_path, 4_000) is None
+    assert end(run, tmp_path) is None
 
     kept = client(store).get_run(run.run_id)
-    assert (kept.info.status, kept.info.start_time, kept.info.end_time) == ("FINISHED", 1_000, 4_000)
+    ended_ms = int((tmp_path / "result.json").stat().st_mtime * 1000)
+    assert (kept.info.status, kept.info.start_time, kept.info.end_time) == ("FINISHED", 1_000, ended_ms)
     assert kept.data.params == {"lr": "0.1", "model.pool": "avg"}
-    assert kept.data.tags["host"] == "here"
-    assert kept.info.run_name == "lr=0.1"
+    assert kept.data.tags["config_hash"] == "cafe"
+    assert kept.info.run_name == "a name"
     history = client(store).get_metric_history(run.run_id, "train/loss")
     assert [(m.step, m.value, m.timestamp) for m in history] == [(1, 2.5, 2_000), (2, 1.5, 3_000)]
     artifacts = [f.path for f in client(store).list_artifacts(run.run_id)]
@@ -49,16 +62,21 @@ def test_run_holds_what_was_logged_with_its_true_times(store, tmp_path):
     assert Path(client(store).download_artifacts(run.run_id, "plots/curves.png")).read_bytes() == b"a picture"
 
 
-def test_failed_run_keeps_its_reason(store, tmp_path):
-    run = tracking.open_run(store, "bad", [], {}, 1_000)
-    run.end("FAILED", "the loss became nan", tmp_path, 2_000)
+def test_failed_run_keeps_its_reason_until_it_goes_on(store, tmp_path):
+    run = open_run(store, tmp_path)
+    end(run, tmp_path, "FAILED", "the loss became nan")
     kept = client(store).get_run(run.run_id)
     assert kept.info.status == "FAILED"
     assert kept.data.tags["failure_reason"] == "the loss became nan"
+    again = open_run(store, tmp_path, run_id=run.run_id)
+    assert again.run_id == run.run_id
+    kept = client(store).get_run(run.run_id)
+    assert kept.info.status == "RUNNING"
+    assert "failure_reason" not in kept.data.tags
 
 
-def test_database_uses_a_write_ahead_log(store):
-    tracking.open_run(store, "any", [], {}, 0)
+def test_database_uses_a_write_ahead_log(store, tmp_path):
+    open_run(store, tmp_path)
     with sqlite3.connect(store.uri.removeprefix("sqlite:///")) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     connection.close()
@@ -66,18 +84,36 @@ def test_database_uses_a_write_ahead_log(store):
 
 def test_untracked_run_has_no_id_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = tracking.open_run(NoTrackingConfig(name="none"), "any", [], {}, 0)
+    run = tracking.open_run(NoTrackingConfig(name="none"), tmp_path, "any", {}, 0)
     run.log(1, {"train/loss": 1.0}, 0)
-    run.end("FINISHED", None, tmp_path, 0)
     assert run.run_id is None
     assert list(tmp_path.iterdir()) == []
 
 
+def test_finished_run_is_found_by_its_configs_hash_and_no_other_is(store, tmp_path):
+    run = open_run(store, tmp_path)
+    assert getattr(tracking.finished(store, "cafe"), "run_id", None) != run.run_id
+    run.log(1, {"test/acc": 0.5}, 2_000)
+    end(run, tmp_path)
+    found = tracking.finished(store, "cafe")
+    assert (found.run_id, found.metrics) == (run.run_id, {"test/acc": 0.5})
+    assert tracking.finished(store, "beef") is None
+
+
+def test_running_run_of_a_dead_process_is_ended_and_of_a_living_one_is_not(store, tmp_path):
+    alive, dead, other = (open_run(store, tmp_path) for _ in range(3))
+    client(store).set_tag(dead.run_id, "pid", "4194305")  # above the highest a Linux kernel gives
+    client(store).set_tag(other.run_id, "process_start", "12345.00")  # this number, but another process
+    assert set(tracking.end_the_dead(store)) == {dead.run_id, other.run_id}
+    found = {run.run_id: client(store).get_run(run.run_id).info.status for run in (alive, dead, other)}
+    assert found == {alive.run_id: "RUNNING", dead.run_id: "KILLED", other.run_id: "KILLED"}
+
+
 def _open_at(moment: float, folder: Path, number: int) -> None:
     time.sleep(max(0.0, moment - time.time()))
-    run = tracking.open_run(local(folder), f"run {number}", [("seed", number)], {}, 0)
+    run = open_run(local(folder), folder / str(number), {"seed": number})
     run.log(1, {"train/loss": float(number)}, 0)
-    run.end("FINISHED", None, folder / "nothing", 1)
+    end(run, folder / str(number))
 
 
 @pytest.mark.slow
@@ -100,13 +136,13 @@ def test_eight_processes_creating_the_database_at_once_all_find_their_runs_there
     assert leftovers == []
 
 
-def test_deleted_experiment_is_named_with_what_to_do(store):
+def test_deleted_experiment_is_named_with_what_to_do(store, tmp_path):
     config = MlflowConfig(name="mlflow", uri=store.uri, experiment="gone")
-    tracking.open_run(config, "any", [], {}, 0)
+    open_run(config, tmp_path)
     reader = client(config)
     reader.delete_experiment(reader.get_experiment_by_name("gone").experiment_id)
     with pytest.raises(TrackingError, match=r"tracking\.experiment='gone': was deleted; .*restore"):
-        tracking.open_run(config, "any", [], {}, 0)
+        open_run(config, tmp_path)
 
 
 def test_file_that_is_no_database_is_refused(tmp_path):

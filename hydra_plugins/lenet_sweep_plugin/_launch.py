@@ -1,0 +1,54 @@
+"""The jobs of a sweep, one after the other in this process."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus, run_job
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, flag_override
+
+from lenet_sweep.cli import read_plan
+
+
+def launch(
+    job_overrides: Sequence[Sequence[str]],
+    initial_job_idx: int,
+    *,
+    hydra_context: HydraContext,
+    task_function: TaskFunction,
+    config: DictConfig,
+) -> list[JobReturn]:
+    """Run every job in a folder of its own; with sweep.fail_fast, none after the first that fails.
+
+    The configs are those of the plan: a YAML file that is edited meanwhile changes no later job,
+    and nothing is composed a second time.
+    """
+    plan = read_plan(Path(config.hydra.sweep.dir))
+    assert plan is not None, "the sweeper leaves a plan"
+    returns = []
+    for number, overrides in enumerate(job_overrides, start=initial_job_idx):
+        done = run_job(
+            task_function=task_function,
+            config=_job_config(config, list(overrides), plan["jobs"][number]["config"], number),
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+            hydra_context=hydra_context,
+        )
+        returns.append(done)
+        if done.status == JobStatus.FAILED and config.sweep.fail_fast:
+            break
+    return returns
+
+
+def _job_config(master: DictConfig, overrides: list[str], values: dict[str, Any], number: int) -> DictConfig:
+    """What Hydra would compose for this job, made from the sweep's config and the planned values."""
+    job = copy.deepcopy(master)
+    with flag_override(job, ["struct", "readonly"], False), flag_override(job.hydra, ["readonly"], False):
+        for key, value in values.items():
+            job[key] = value
+        job.hydra.job.id = str(number)
+        job.hydra.job.num = number
+        job.hydra.overrides.task = overrides
+    return job

@@ -1,0 +1,38 @@
+"""Registers our launcher with Hydra: a thin face, imported in every Hydra app on the machine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+@dataclass
+class LenetLauncherConf:
+    """It takes no settings."""
+
+    _target_: str = "hydra_plugins.lenet_sweep_plugin.launcher.LenetLauncher"
+
+
+ConfigStore.instance().store(
+    group="hydra/launcher", name="lenet_sweep", node=LenetLauncherConf, provider="lenet_sweep"
+)
+
+
+class LenetLauncher(Launcher):
+    """Runs the jobs of a sweep one after the other in this process, from the plan that the sweeper made."""
+
+    def __init__(self) -> None:
+        self._setup: dict[str, Any] = {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._setup = {"hydra_context": hydra_context, "task_function": task_function, "config": config}
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from hydra_plugins.lenet_sweep_plugin._launch import launch
+
+        return launch(job_overrides, initial_job_idx, **self._setup)

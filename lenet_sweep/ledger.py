@@ -1,0 +1,134 @@
+"""Who trains what in this folder: one entry for each config's hash, kept in outputs/.ledger.
+
+    outputs/.ledger/HASH.json   where the latest run of this config is, and its run in MLflow
+                    HASH.lock   held while a process trains it; the system lets go when that dies
+                    unsynced/   runs that the tracking store has not got in full
+
+A process that holds a config's lock is the only one that trains it, so two sweeps at once train
+nothing twice; an entry whose lock is free and whose run has no result was interrupted.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+
+from lenet_sweep.errors import OutputError
+from lenet_sweep.paths import write_atomic
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+LEDGER = Path("outputs") / ".ledger"  # below the folder that the command is run in
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The latest run of one config: its folder, its store, and its id there (None if untracked)."""
+
+    folder: Path
+    store: str | None
+    run_id: str | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended, as `result.json` in its folder keeps it. `metrics` are its last epoch's."""
+
+    status: Status
+    reason: str | None
+    collapsed: bool  # it ended where it began: accuracy at chance, loss at ln(classes)
+    run_id: str | None
+    config_hash: str
+    seconds: float
+    metrics: dict[str, float]
+
+
+@contextmanager
+def claim(config_hash: str, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold a config's lock; if another process trains it, call `waiting` and wait until that ends.
+
+    Raises:
+        OutputError: if the ledger cannot be written.
+    """
+    try:
+        LEDGER.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(LEDGER / f"{config_hash}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waiting()
+            lock.acquire()
+    except OSError as error:
+        raise OutputError(f"{LEDGER}: cannot be written: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def enter(config_hash: str, entry: Entry) -> None:
+    """Write down where the run of this config is; the caller holds its lock."""
+    folder = entry.folder.absolute()
+    here = Path.cwd()
+    values = dataclasses.asdict(entry) | {
+        # Relative where it can be, so that the whole folder may be moved.
+        "folder": str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+    }
+    write_atomic(LEDGER / f"{config_hash}.json", json.dumps(values))
+
+
+def look_up(config_hash: str) -> Entry | None:
+    """The entry of this config; None if there is none that can be read."""
+    try:
+        values = json.loads((LEDGER / f"{config_hash}.json").read_text(encoding="utf-8"))
+        return Entry(Path(values["folder"]), values["store"], values["run_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_claimed(config_hash: str) -> bool:
+    """Whether a process trains this config now."""
+    lock = FileLock(LEDGER / f"{config_hash}.lock")
+    if not Path(lock.lock_file).exists():
+        return False
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def write_result(folder: Path, result: Result) -> None:
+    """Write `result.json`."""
+    write_atomic(folder / "result.json", json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+
+
+def read_result(folder: Path) -> Result | None:
+    """The result that a run left in `folder`; None if it left none (killed, or not started)."""
+    try:
+        return Result(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def mark_unsynced(config_hash: str, folder: Path) -> None:
+    """Remember that the store has not got all of the run in `folder`."""
+    (LEDGER / "unsynced").mkdir(parents=True, exist_ok=True)
+    write_atomic(LEDGER / "unsynced" / config_hash, str(folder.absolute()))
+
+
+def mark_synced(config_hash: str) -> None:
+    """Forget it again."""
+    (LEDGER / "unsynced" / config_hash).unlink(missing_ok=True)
+
+
+def unsynced() -> list[tuple[str, Path]]:
+    """The config's hash and the folder of each run that the store has not got in full."""
+    marks = sorted((LEDGER / "unsynced").glob("[!.]*"))
+    return [(mark.name, Path(mark.read_text(encoding="utf-8"))) for mark in marks]

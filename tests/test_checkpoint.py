@@ -1,0 +1,175 @@
+"""A run cut short anywhere goes on to the same bits; a damaged checkpoint is known as one."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lenet_sweep import checkpoint, engine, identity, ledger, model, optim
+from lenet_sweep import run as runs
+from lenet_sweep.randomness import generator
+
+MINI = ("data=fashion_mnist_mini", "data.train_size=600", "epochs=4", "threads=1", "tracking=none", "lr=0.05")
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def interrupt_after(monkeypatch, epochs, how=KeyboardInterrupt):
+    """Make training end, as if by Ctrl-C, when this many epochs have been kept."""
+    train = engine.train
+
+    def interrupted(*arguments, **options):
+        for metrics in train(*arguments, **options):
+            yield metrics
+            if metrics.epoch == epochs:
+                raise how
+
+    monkeypatch.setattr(engine, "train", interrupted)
+
+
+def numbers(folder):
+    """Every result of a run: all metrics but speed and time, and the weights' bits."""
+    from lenet_sweep import journal
+
+    lines = [journal.parse(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in line.named().items() if not k.startswith("speed/")} for line in lines]
+    curves = [line.metrics.curve for line in lines]
+    weights = load_file(folder / "model" / "weights.safetensors")
+    return kept, curves, {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("schedule", ["constant", "step", "cosine"])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
+def test_interrupted_run_goes_on_to_the_bits_of_an_uninterrupted_one(
+    make_config, tmp_path, monkeypatch, optimizer, schedule
+):
+    config = make_config(*MINI, f"optimizer={optimizer}", f"schedule={schedule}")
+    whole = tmp_path / "whole"
+    runs.run(config, whole)
+    (ledger.LEDGER / f"{identity.config_hash(config)}.json").unlink()
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 2)
+        runs.run(config, tmp_path / "first")
+    assert ledger.read_result(tmp_path / "first").status == "KILLED"
+    trained = []
+    with monkeypatch.context() as patch:
+        step = engine.gradient_step
+        patch.setattr(engine, "gradient_step", lambda *a: trained.append(1) or step(*a))
+        runs.run(config, tmp_path / "second")
+    assert len(trained) == 2 * 3  # the two epochs that were missing, of three steps each
+    assert numbers(tmp_path / "second") == numbers(whole)
+    assert not list(tmp_path.rglob("checkpoint.safetensors"))
+
+
+def test_run_killed_after_its_last_epoch_only_has_to_end(make_config, tmp_path, monkeypatch):
+    config = make_config(*MINI)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 4)
+        patch.setattr(runs, "_is_done", lambda config, trained: False)
+        runs.run(config, tmp_path / "first")
+    monkeypatch.setattr(engine, "gradient_step", None)
+    assert runs.run(config, tmp_path / "second").status == "FINISHED"
+
+
+def test_failed_run_keeps_its_last_good_checkpoint_and_starts_afresh_when_tried_again(
+    make_config, tmp_path, monkeypatch
+):
+    config = make_config(*MINI)
+    with monkeypatch.context() as patch, pytest.raises(runs.RunFailed, match="RuntimeError: too hot"):
+        interrupt_after(patch, 3, RuntimeError("too hot"))
+        runs.run(config, tmp_path / "first")
+    assert (tmp_path / "first" / "checkpoint.safetensors").exists()
+    assert len((tmp_path / "first" / "metrics.jsonl").read_text().splitlines()) == 3
+    steps = []
+    step = engine.gradient_step
+    monkeypatch.setattr(engine, "gradient_step", lambda *a: steps.append(1) or step(*a))
+    assert runs.run(config, tmp_path / "second").status == "FINISHED"
+    assert len(steps) == 4 * 3
+
+
+def test_rerun_starts_an_interrupted_run_afresh(make_config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 2)
+        runs.run(make_config(*MINI), tmp_path / "first")
+    steps = []
+    step = engine.gradient_step
+    monkeypatch.setattr(engine, "gradient_step", lambda *a: steps.append(1) or step(*a))
+    runs.run(make_config(*MINI, "sweep.rerun=true"), tmp_path / "second")
+    assert len(steps) == 4 * 3
+
+
+@pytest.fixture
+def saved(make_config, tmp_path):
+    """A checkpoint after one epoch of Adam, and what is needed to restore it."""
+    config = make_config(*MINI, "optimizer=adam")
+
+    def fresh():
+        network = model.build(config.model, generator(1, "init"))
+        optimizer = optim.optimizer(config.optimizer, network.parameters())
+        return network, optimizer, optim.schedule(config.schedule, optimizer, config.epochs)
+
+    network, optimizer, schedule = fresh()
+    network(torch.rand(4, 1, 28, 28)).sum().backward()
+    optimizer.step()
+    path = tmp_path / "checkpoint.safetensors"
+    checkpoint.save(path, network, optimizer, schedule, "cafe", [])
+    return path, fresh
+
+
+def test_checkpoint_cut_anywhere_is_known_as_damaged(saved):
+    path, fresh = saved
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    cuts = [0, 1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1]
+    for cut in cuts:
+        path.write_bytes(whole[:cut])
+        with pytest.raises(checkpoint.Damaged):
+            checkpoint.restore(path, *fresh(), "cafe")
+    path.write_bytes(whole)
+    assert checkpoint.restore(path, *fresh(), "cafe") == []
+
+
+def test_checkpoint_with_any_bit_flipped_is_known_as_damaged_and_changes_nothing(saved):
+    path, fresh = saved
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    spots = [0, 5, 8, 20, header // 3, header - 2, header, header + 1000, len(whole) - 1]
+    for spot in spots:
+        damaged = bytearray(whole)
+        damaged[spot] ^= 0x10
+        path.write_bytes(damaged)
+        network, optimizer, schedule = fresh()
+        before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        with pytest.raises(checkpoint.Damaged):
+            checkpoint.restore(path, network, optimizer, schedule, "cafe")
+        assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+        assert optimizer.state_dict()["state"] == {}
+
+
+def test_checkpoint_of_another_config_or_another_file_is_refused(saved):
+    path, fresh = saved
+    with pytest.raises(checkpoint.Damaged, match="another config"):
+        checkpoint.restore(path, *fresh(), "beef")
+    save_file({"x": torch.zeros(3)}, path)
+    with pytest.raises(checkpoint.Damaged):
+        checkpoint.restore(path, *fresh(), "cafe")
+    path.write_bytes(b"\x80\x04cposix\nsystem\n")  # a pickle is never opened as one
+    with pytest.raises(checkpoint.Damaged, match="cannot be read"):
+        checkpoint.restore(path, *fresh(), "cafe")
+
+
+def test_run_with_a_damaged_checkpoint_says_so_and_starts_from_its_first_epoch(
+    make_config, tmp_path, monkeypatch, capsys
+):
+    config = make_config(*MINI)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 2)
+        runs.run(config, tmp_path / "first")
+    path = tmp_path / "first" / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    runs.run(config, tmp_path / "second")
+    assert "checkpoint.safetensors: cannot be read" in capsys.readouterr().out
+    assert len((tmp_path / "second" / "metrics.jsonl").read_text().splitlines()) == 4
