@@ -45,7 +45,7 @@ def save(
     }
     text = json.dumps(state)
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, {"state": text, "sha256": _digest(tensors, text)})
+        save_file(tensors, temporary, {"state": text, "sha256": digest(tensors, text)})
 
 
 def restore(
@@ -102,16 +102,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
         raise Damaged(f"{path}: cannot be read ({error})") from error
     text = metadata.get("state", "")
-    if _digest(tensors, text) != metadata.get("sha256"):
+    if digest(tensors, text) != metadata.get("sha256"):
         raise Damaged(f"{path}: is damaged (its SHA-256 does not fit)")
     return tensors, text
 
 
-def _digest(tensors: dict[str, Tensor], text: str) -> str:
+def digest(tensors: dict[str, Tensor], text: str = "") -> str:
+    """SHA-256 over the names, shapes, types and bits of `tensors`, on whatever device, and over `text`."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}\n".encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensors[name].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

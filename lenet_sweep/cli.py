@@ -1,10 +1,10 @@
-"""The command line: `data` is our own subcommand, everything else is Hydra's.
+"""The command line: `data`, `sync` and `reproduce` are our own, everything else is Hydra's.
 
 Hydra composes the config and makes the output folder, and `task` hands both to `run`. Torch and
 mlflow are imported only when a run starts, so that --help, --cfg and completion answer at once.
 
 Exit codes: 0 all well; 1 a run failed; 2 a mistake in the command or config, nothing was started;
-130 interrupted.
+3 `reproduce` found other numbers; 130 interrupted.
 """
 
 import argparse
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lenet_sweep.ledger import Result
     from lenet_sweep.run import Job
 
+_DIFFERENT = 3
 _INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
 
@@ -50,9 +51,8 @@ def main() -> int:
     try:
         command = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
         if command:
-            command(sys.argv[2:])
-        else:
-            _hydra()
+            return command(sys.argv[2:]) or 0
+        _hydra()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
@@ -117,7 +117,7 @@ def data(arguments: list[str]) -> None:
     parser.add_argument(
         "--root",
         type=Path,
-        default=Path(os.environ.get("LENET_SWEEP_DATA", "data")),
+        default=Path(configs.default_data_root()),
         help="the folder to look in and to fetch into (default: $LENET_SWEEP_DATA, or data)",
     )
     chosen = parser.parse_args(arguments)
@@ -140,7 +140,46 @@ def sync(arguments: list[str]) -> None:
         raise TrackingError("\n".join(problems))
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"data": data, "sync": sync}
+def reproduce(arguments: list[str]) -> int:
+    """Train a run again from its stored config, and tell whether every bit is the same.
+
+    With overrides (lr=0.3), train a variant of it instead: a new run, tagged with its origin.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m lenet_sweep reproduce",
+        description=reproduce.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit codes: 0 identical (or the variant was trained), 3 different, 2 it could not be tried.",
+    )
+    parser.add_argument(
+        "run", metavar="RUN", help="an MLflow run id or its start, a folder, or a config.yaml"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="tracking.uri=... says where RUN is"
+    )
+    chosen = parser.parse_args(arguments)
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        composed = hydra.compose("config", chosen.overrides)
+    here = to_config(composed)  # refuses a misspelt override before anything is fetched
+
+    from lenet_sweep import reproduce as reproduction
+
+    original = reproduction.find(chosen.run, here.tracking)
+    keys = [override.partition("=")[0] for override in chosen.overrides]
+    varied = [key for key in keys if key.partition(".")[0] != "tracking" and key != "data.root"]
+    if varied:
+        reproduction.variant(original, here, varied, tuple(chosen.overrides))
+        return 0
+    verdict = reproduction.again(original)
+    print("\n".join(verdict.lines()))
+    return 0 if verdict.identical else _DIFFERENT
+
+
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "data": data,
+    "sync": sync,
+    "reproduce": reproduce,
+}
 
 
 def _hydra() -> None:

@@ -9,6 +9,7 @@ A config is data: nothing named in one is imported, instantiated or resolved her
 import dataclasses
 import difflib
 import math
+import os
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -253,12 +254,22 @@ def load(path: Path) -> Config:
         raise ConfigError(f"{path}: not a config in YAML: {reason}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not a config: expected keys and values, got {type(values).__name__}")
+    for key, value in flatten(values):
+        if isinstance(value, str) and "${" in value:
+            raise ConfigError(
+                f"{path}: {key}={value!r}: a stored config holds values, nothing to be resolved"
+            )
     return parse(values)
 
 
 def dump(config: Config) -> str:
     """The config as YAML; `load` gives back an equal one."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def default_data_root() -> str:
+    """Where datasets lie unless the config says otherwise (conf/data/fashion_mnist.yaml says the same)."""
+    return os.environ.get("LENET_SWEEP_DATA", "data")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

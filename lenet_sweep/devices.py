@@ -40,6 +40,11 @@ def describe(device: torch.device) -> str:
     return str(device)
 
 
+def facts(device: torch.device) -> tuple[str, int]:
+    """The device in words and the number of CPU threads in use, for `identity.environment`."""
+    return describe(device), torch.get_num_threads()
+
+
 def set_arithmetic(threads: int | str, precision: PrecisionConfig) -> None:
     """Set CPU threads, TF32 and cuDNN's choice of algorithms for this process.
 

@@ -91,7 +91,7 @@ def uncommitted_diff() -> str | None:
     return f"{diff}\n"
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str, threads: int) -> dict[str, Any]:
     """Where a run took place, for `environment.json`. `device` is the device in words."""
     return {
         "python": platform.python_version(),
@@ -100,6 +100,7 @@ def environment(device: str) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cpu_count": os.cpu_count(),
         "device": device,
+        "threads": threads,
         "code_version": code_version(),
         "git_commit": git().commit,
         "git_dirty": git().dirty,

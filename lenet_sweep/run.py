@@ -79,12 +79,19 @@ class Trained:
         return self.lines[-1].metrics
 
 
-def run(config: Config, folder: Path, overrides: tuple[str, ...] = (), job: Job | None = None) -> Result:
+def run(
+    config: Config,
+    folder: Path,
+    overrides: tuple[str, ...] = (),
+    job: Job | None = None,
+    origin: str | None = None,
+) -> Result:
     """Train what `config` describes; leave everything in `folder` and the tracking store.
 
     `overrides` are what the user typed; they name the run. Only one process trains a config at a
     time, others wait. A job of a sweep that is finished already is not trained again; a run that
-    was interrupted goes on; `config.sweep.rerun` starts afresh in both cases.
+    was interrupted goes on; `config.sweep.rerun` starts afresh in both cases. `origin` is the run
+    that this one is a variant of.
 
     Raises:
         OutputError: if `folder` holds a run already or cannot be written.
@@ -100,37 +107,47 @@ def run(config: Config, folder: Path, overrides: tuple[str, ...] = (), job: Job 
                 progress.say(f"{_label(overrides, job)}: finished before, not trained again")
                 return done
         previous = None if config.sweep.rerun else _interrupted(config, config_hash)
-        return _run(config, config_hash, folder, overrides, job, previous)
+        return _run(config, folder, overrides, _tags(config_hash, job, origin), job, previous)
 
 
-def _run(
-    config: Config,
-    config_hash: str,
-    folder: Path,
-    overrides: tuple[str, ...],
-    job: Job | None,
-    previous: Entry | None,
-) -> Result:
-    started, start_ms = time.perf_counter(), int(time.time() * 1000)
-    _claim(folder, config)
+def prepare(config: Config) -> tuple[Trained, torch.device]:
+    """Everything that training starts from, on the device that the config asks for.
+
+    Raises:
+        DataError, DeviceError: if this machine has not what it takes.
+    """
     device = devices.resolve(config.device)
     devices.set_arithmetic(config.threads, config.precision)
     data = datasets.load(config.data, config.seed, device, progress.say)
     network = model.build(config.model, generator(config.seed, "init")).to(device)
     optimizer = optim.optimizer(config.optimizer, network.parameters())
     schedule = optim.schedule(config.schedule, optimizer, config.epochs)
-    trained = Trained(data, network, optimizer, schedule, [])
+    return Trained(data, network, optimizer, schedule, []), device
+
+
+def _run(
+    config: Config,
+    folder: Path,
+    overrides: tuple[str, ...],
+    tags: dict[str, str],
+    job: Job | None,
+    previous: Entry | None,
+) -> Result:
+    config_hash = tags["config_hash"]
+    started, start_ms = time.perf_counter(), int(time.time() * 1000)
+    _claim(folder, config)
+    trained, device = prepare(config)
     _introduce(config, device, overrides, job)
     run_id = _take_over(previous, trained, config_hash) if previous else None
 
-    write_atomic(folder / "environment.json", _json(identity.environment(devices.describe(device))))
+    write_atomic(folder / "environment.json", _json(identity.environment(*devices.facts(device))))
     if diff := identity.uncommitted_diff():
         write_atomic(folder / "uncommitted.diff", diff)
     tracked = tracking.open_run(
         config.tracking,
         folder,
         _name(overrides) or config.model.name,
-        _tags(config_hash, job),
+        tags,
         start_ms,
         run_id,
     )
@@ -352,7 +369,7 @@ def _store(config: Config) -> str | None:
     return f"{config.tracking.uri} {config.tracking.experiment}"
 
 
-def _tags(config_hash: str, job: Job | None) -> dict[str, str]:
+def _tags(config_hash: str, job: Job | None, origin: str | None) -> dict[str, str]:
     git = identity.git()
     tags = {
         "config_hash": config_hash,
@@ -365,6 +382,8 @@ def _tags(config_hash: str, job: Job | None) -> dict[str, str]:
         tags["mlflow.source.git.commit"] = git.commit
     if job:
         tags["sweep_id"] = job.sweep_id
+    if origin:
+        tags["origin"] = origin
     return tags
 
 

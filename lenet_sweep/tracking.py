@@ -9,11 +9,13 @@ run or at any later command. Sending anything twice leaves it there once.
 import json
 import logging
 import os
+import re
 import socket
 import sqlite3
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -25,7 +27,7 @@ from filelock import FileLock, Timeout
 from lenet_sweep import config as configs
 from lenet_sweep import ledger
 from lenet_sweep.config import MlflowConfig, NoTrackingConfig
-from lenet_sweep.errors import TrackingError
+from lenet_sweep.errors import ConfigError, TrackingError
 from lenet_sweep.ledger import Result
 from lenet_sweep.paths import atomic_path, check_writable, write_atomic
 
@@ -163,6 +165,41 @@ def end_the_dead(config: MlflowConfig | NoTrackingConfig) -> list[str]:
     except _store_errors() as error:
         log.warning("stale runs could not be looked for: %s", _first_line(error))
     return ended
+
+
+def fetch(
+    config: MlflowConfig, name: str, folder: Path, files: Iterable[str]
+) -> tuple[str, dict[int, dict[str, float]]]:
+    """Fetch a run's metrics, and those of its artifacts in `files` that it has, into `folder`.
+
+    `name` is the run's id or a prefix of it that no other run has. Returns the id, and every metric
+    by epoch and name.
+
+    Raises:
+        ConfigError: if no run, or more than one, has such an id.
+        TrackingError: if the store cannot be asked.
+    """
+    check(config)
+    if not re.fullmatch("[0-9a-f]{1,32}", name):
+        raise ConfigError(
+            f"{name!r}: is neither a folder, nor a config.yaml, nor a run id (hexadecimal digits)"
+        )
+    try:
+        client = _client(config.uri)
+        run_id = _find(client, name)
+        metrics: dict[int, dict[str, float]] = {}
+        for metric in client.get_run(run_id).data.metrics:
+            for point in client.get_metric_history(run_id, metric):
+                metrics.setdefault(point.step, {})[metric] = point.value
+        for file in files:
+            parent = file.rpartition("/")[0]
+            if any(found.path == file for found in client.list_artifacts(run_id, parent or None)):
+                (folder / parent).mkdir(exist_ok=True)
+                # Where below the folder it lands depends on the kind of store.
+                os.replace(client.download_artifacts(run_id, file, str(folder)), folder / file)
+    except _store_errors() as error:
+        raise TrackingError(f"tracking.uri={config.uri!r}: {_first_line(error)}") from error
+    return run_id, metrics
 
 
 def deliver_all() -> tuple[int, list[str]]:
@@ -396,6 +433,24 @@ def _store_errors() -> tuple[type[Exception], ...]:
     from sqlalchemy.exc import SQLAlchemyError
 
     return MlflowException, SQLAlchemyError, OSError
+
+
+def _find(client: "MlflowClient", prefix: str) -> str:
+    """The one run of all experiments whose id starts so."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found: list[str] = []
+    page = None
+    while True:
+        runs = client.search_runs(experiments, max_results=1000, page_token=page)
+        found += [run.info.run_id for run in runs if run.info.run_id.startswith(prefix)]
+        page = runs.token
+        if not page:
+            break
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise ConfigError(f"no run has an id that starts with {prefix!r}")
+    raise ConfigError(f"{len(found)} runs have ids that start with {prefix!r}: {', '.join(found[:5])}")
 
 
 def _experiment(client: "MlflowClient", name: str, uri: str) -> str:

@@ -1,8 +1,10 @@
 """Which module may import what, read from the source: dependencies point one way, heavy ones come late."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ LAYERS = (
     {"journal", "plots", "progress"},
     {"checkpoint"},
     {"run"},
-    {"report"},
+    {"report", "reproduce"},
     {"cli"},
     {"__main__", "plugin._sweep", "plugin._launch"},
     {"plugin.sweeper", "plugin.launcher"},
@@ -44,7 +46,7 @@ ONLY = {
     "omegaconf": EDGE,
     "matplotlib": {"plots"},
     "rich": {"progress", "report", "sources"},
-    "safetensors": {"run", "checkpoint"},
+    "safetensors": {"run", "checkpoint", "reproduce"},
 }
 
 
@@ -145,3 +147,14 @@ def test_face_of_the_plugin_loads_nothing_of_the_package():
         "omegaconf",
     }
     assert not (PLUGIN.parent / "__init__.py").exists()  # a namespace that others share
+
+
+def test_every_library_that_is_imported_is_a_dependency():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.split(r"[^\w-]", requirement)[0] for requirement in project["dependencies"]}
+    modules = {"hydra-core": "hydra", "pyyaml": "yaml"}
+    imported = set().union(*(tops(imports(module)) for module in MODULES))
+    ours = {"lenet_sweep", "hydra_plugins"}
+    mlflows = {"sqlalchemy"}  # its local store raises SQLAlchemy's errors
+    libraries = imported - {*sys.stdlib_module_names, *ours, *mlflows}
+    assert libraries <= {modules.get(name, name) for name in declared}

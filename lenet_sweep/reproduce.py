@@ -1,0 +1,239 @@
+"""Train a run again from its stored config alone, and tell whether every bit is the same.
+
+A RUN is an MLflow run id or a unique prefix of one, an output folder, or a config.yaml. What is
+fetched may come from anybody's server: it is read as data (YAML, JSON, safetensors), its paths are
+not used, and nothing in it is imported or executed.
+"""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from lenet_sweep import checkpoint, devices, engine, identity, journal, progress, run, tracking
+from lenet_sweep import config as configs
+from lenet_sweep.config import Config, MlflowConfig, NoTrackingConfig
+from lenet_sweep.errors import ConfigError, DataError
+
+_FILES = ("config.yaml", "metrics.jsonl", "environment.json", "model/weights.safetensors")
+
+Metrics = dict[int, dict[str, float]]  # epoch -> name -> value, all but speed
+
+
+@dataclass(frozen=True)
+class Original:
+    """What is stored of a run; `weights_sha256` is None if it did not reach its end."""
+
+    name: str
+    config: Config
+    metrics: Metrics
+    weights_sha256: str | None
+    environment: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of one epoch that came out otherwise."""
+
+    epoch: int
+    metric: str
+    before: float
+    now: float
+
+    @property
+    def size(self) -> float:
+        return abs(self.now - self.before)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The comparison of a run with its repetition."""
+
+    epochs: int  # how many could be compared
+    differences: tuple[Difference, ...]  # in the order of epochs
+    weights_differ: bool | None  # None: the original kept none, as it did not reach its end
+    surroundings: tuple[str, ...]  # what was another than at the time of the original
+
+    @property
+    def identical(self) -> bool:
+        return not self.differences and not self.weights_differ
+
+    def lines(self) -> list[str]:
+        """The verdict in words, the word that counts first."""
+        compared = f"{self.epochs} epochs" + ("" if self.weights_differ is None else " and the weights")
+        if self.identical:
+            verdict = [f"identical, bit for bit: every metric of {compared}"]
+        else:
+            verdict = ["different", *self._differences()]
+        if self.weights_differ is None:
+            verdict.append("the original did not reach its end; it was compared as far as it went")
+        if self.surroundings:
+            verdict += ["other than at the time of the original:", *(f"  {s}" for s in self.surroundings)]
+            if not self.identical:
+                verdict.append(
+                    "equal bits are not to be expected with another device, library or thread count"
+                )
+        return verdict
+
+    def _differences(self) -> list[str]:
+        lines = []
+        if self.differences:
+            first = self.differences[0]
+            largest = max(self.differences, key=lambda d: d.size)
+            lines += [
+                f"first in epoch {first.epoch}, {first.metric}: {first.before!r} then, {first.now!r} now",
+                f"largest: {largest.size:.3g}, in epoch {largest.epoch}, {largest.metric}",
+            ]
+        if self.weights_differ:
+            lines.append("the final weights differ")
+        return lines
+
+
+def find(name: str, store: MlflowConfig | NoTrackingConfig) -> Original:
+    """Read what is stored of the run `name`: a folder, a config.yaml, or an id in `store`.
+
+    Raises:
+        ConfigError: if there is no such run, or its config is none that can be trusted.
+        DataError: if what is stored of it is damaged.
+        TrackingError: if the store cannot be asked.
+    """
+    path = Path(name)
+    if path.name == "config.yaml" or path.is_dir():
+        return _from_folder(path if path.is_dir() else path.parent, name)
+    if isinstance(store, NoTrackingConfig):
+        raise ConfigError(f"{name!r}: there is no such folder, and without tracking there are no run ids")
+    with tempfile.TemporaryDirectory(prefix="lenet_sweep-") as temporary:
+        run_id, metrics = tracking.fetch(store, name, Path(temporary), _FILES)
+        original = _from_folder(Path(temporary), run_id)
+    # The store's numbers are those that people read and compare.
+    return dataclasses.replace(original, metrics=_exact(metrics))
+
+
+def again(original: Original) -> Verdict:
+    """Train the original's config once more, with its number of threads, as far as it went, and compare.
+
+    Raises:
+        LenetSweepError: if it cannot be trained here, or nothing is stored to compare with.
+    """
+    if not original.metrics:
+        raise ConfigError(f"{original.name}: no epoch of it is stored, so there is nothing to compare")
+    last_epoch = max(original.metrics)
+    config = as_local(original.config)
+    if isinstance(threads := original.environment.get("threads"), int):
+        config = dataclasses.replace(config, threads=threads)
+    trained, device = run.prepare(config)
+    metrics: Metrics = {}
+    with progress.Watch(last_epoch, "") as watch:
+        for epoch in engine.train(
+            trained.network,
+            trained.optimizer,
+            trained.schedule,
+            trained.data,
+            epochs=last_epoch,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            amp=config.precision.amp,
+            on_point=watch.point,
+        ):
+            watch.epoch(epoch)
+            metrics |= _exact({epoch.epoch: journal.Line(epoch, 0).named()})
+    weights = checkpoint.digest(trained.network.state_dict())
+    return _compare(original, metrics, weights, identity.environment(*devices.facts(device)))
+
+
+def variant(original: Original, here: Config, varied: Sequence[str], overrides: tuple[str, ...]) -> None:
+    """Train the original's config with the values that `here` has for the `varied` keys, as a new run.
+
+    `here` is what these overrides make of the default config; its store and paths are used.
+
+    Raises:
+        LenetSweepError: as `run.run` does.
+    """
+    values, chosen = configs.to_dict(original.config), configs.to_dict(here)
+    for key in varied:
+        _copy(key, chosen, values)
+    if {"lr", "optimizer"} & set(varied) and "optimizer.lr" not in varied:
+        values["optimizer"]["lr"] = values["lr"]  # what ${lr} says in conf/optimizer/
+    values["data"]["root"], values["tracking"] = here.data.root, chosen["tracking"]
+    folder = Path("outputs") / "runs" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    run.run(configs.parse(values), folder, overrides, origin=original.name)
+
+
+def _copy(key: str, source: dict[str, Any], target: dict[str, Any]) -> None:
+    """Set the dotted `key` of nested dicts `target` to what it is in `source`."""
+    *sections, name = key.lstrip("+").split(".")
+    for section in sections:
+        source, target = source[section], target[section]
+    target[name] = source[name]
+
+
+def as_local(config: Config) -> Config:
+    """A stored config with the places of this machine: its own paths and store are never used."""
+    root = configs.default_data_root()
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, root=root),
+        tracking=NoTrackingConfig(name="none"),
+        profile=False,
+    )
+
+
+def _from_folder(folder: Path, name: str) -> Original:
+    config = configs.load(folder / "config.yaml")
+    try:
+        text = _read(folder / "metrics.jsonl")
+        lines = [journal.parse(line) for line in text.splitlines()]
+        environment = json.loads(_read(folder / "environment.json") or "{}")
+        weights = folder / "model" / "weights.safetensors"
+        digest = checkpoint.digest(load_file(weights)) if weights.exists() else None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(f"{name}: what is stored of the run is damaged: {error}") from error
+    metrics = _exact({line.metrics.epoch: line.named() for line in lines})
+    return Original(name, config, metrics, digest, environment if isinstance(environment, dict) else {})
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _exact(metrics: Metrics) -> Metrics:
+    """Without speed, which is another each time."""
+    return {
+        epoch: {name: value for name, value in values.items() if not name.startswith("speed/")}
+        for epoch, values in metrics.items()
+    }
+
+
+def _compare(original: Original, metrics: Metrics, weights: str, environment: dict[str, Any]) -> Verdict:
+    differences = tuple(
+        Difference(epoch, name, before, metrics.get(epoch, {}).get(name, float("nan")))
+        for epoch, values in sorted(original.metrics.items())
+        for name, before in values.items()
+        if metrics.get(epoch, {}).get(name) != before
+    )
+    kept = original.weights_sha256
+    return Verdict(
+        len(original.metrics),
+        differences,
+        None if kept is None else kept != weights,
+        tuple(_changes(original.environment, environment)),
+    )
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """What of two environments differs, one line each."""
+    lines = []
+    for key in now:
+        old, new = before.get(key), now[key]
+        if isinstance(new, dict):
+            lines += _changes(old if isinstance(old, dict) else {}, new, f"{prefix}{key} ")
+        elif old != new and key not in ("host", "platform"):
+            lines.append(f"{prefix}{key}: {old} then, {new} now")
+    return lines

@@ -1,0 +1,198 @@
+"""`reproduce` tells the truth: about equal bits, about one wrong bit, and about configs from elsewhere."""
+
+import json
+import math
+import shutil
+import sqlite3
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lenet_sweep.cli
+from lenet_sweep import run as runs
+
+MINI = ("data=fashion_mnist_mini", "data.train_size=600", "epochs=2", "threads=1", "lr=0.1", "seed=3")
+
+
+@pytest.fixture(scope="module")
+def original(make_config, tmp_path_factory):
+    """A folder in which one run was trained: its ledger, its database and its output folder."""
+    here = tmp_path_factory.mktemp("original")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        runs.run(make_config(*MINI), Path("outputs") / "runs" / "first", ("lr=0.1",))
+    return here
+
+
+@pytest.fixture
+def trained(original, tmp_path):
+    """The id and the folder of a finished run, in a copy that a test may spoil."""
+    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "outputs" / "runs" / "first"
+    return json.loads((folder / "result.json").read_text())["run_id"], folder
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys, data_root):
+    """The command line in this process, which has torch already: the same code, ten times as fast."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["lenet_sweep", *arguments])
+        code = lenet_sweep.cli.main()
+        return Done(code, *capsys.readouterr())
+
+    return run
+
+
+def test_finished_run_is_reproduced_bit_for_bit_by_id_prefix_folder_and_config(cli, trained):
+    run_id, folder = trained
+    for name in (run_id, run_id[:6], str(folder), str(folder / "config.yaml")):
+        done = cli("reproduce", name)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "identical, bit for bit: every metric of 2 epochs and the weights" in done.stdout
+
+
+def test_metric_changed_by_one_unit_in_the_last_place_is_found(cli, trained, tmp_path):
+    run_id, _ = trained
+    with sqlite3.connect(tmp_path / "mlruns" / "mlflow.db") as connection:
+        (value,) = connection.execute(
+            "select value from metrics where run_uuid = ? and key = 'test/loss' and step = 2", (run_id,)
+        ).fetchone()
+        changed = math.nextafter(value, 10)
+        connection.execute(
+            "update metrics set value = ? where run_uuid = ? and key = 'test/loss' and step = 2",
+            (changed, run_id),
+        )
+    connection.close()
+    done = cli("reproduce", run_id)
+    assert done.returncode == 3
+    assert "different\n" in done.stdout
+    assert f"first in epoch 2, test/loss: {changed!r} then, {value!r} now" in done.stdout
+
+
+def test_changed_weights_and_a_changed_journal_are_found_in_a_folder(cli, trained):
+    _, folder = trained
+    journal = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    lines[0]["train/acc"] = math.nextafter(lines[0]["train/acc"], 1)
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = cli("reproduce", str(folder))
+    assert done.returncode == 3
+    assert "first in epoch 1, train/acc" in done.stdout
+
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model" / "weights.safetensors")
+    weights["conv1.bias"][0] += 1e-6
+    save_file(weights, folder / "model" / "weights.safetensors")
+    assert "the final weights differ" in cli("reproduce", str(folder)).stdout
+
+
+def test_another_thread_count_or_library_is_named_beside_the_verdict(cli, trained):
+    _, folder = trained
+    environment = json.loads((folder / "environment.json").read_text())
+    environment["packages"]["torch"] = "1.0"
+    (folder / "environment.json").write_text(json.dumps(environment))
+    done = cli("reproduce", str(folder))
+    assert "packages torch: 1.0 then, " in done.stdout
+
+
+def test_run_that_was_cut_short_is_compared_as_far_as_it_went(cli, trained):
+    _, folder = trained
+    journal = folder / "metrics.jsonl"
+    journal.write_text(journal.read_text().splitlines()[0] + "\n")
+    (folder / "model" / "weights.safetensors").unlink()
+    done = cli("reproduce", str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "identical, bit for bit: every metric of 1 epochs" in done.stdout
+    assert "compared as far as it went" in done.stdout
+
+
+def test_override_makes_a_variant_that_is_tagged_with_its_origin(cli, trained, tmp_path):
+    run_id, _ = trained
+    done = cli("reproduce", run_id, "lr=0.3", "model=lenet_relu_max")
+    assert done.returncode == 0, done.stderr
+    assert "identical" not in done.stdout
+    with sqlite3.connect(tmp_path / "mlruns" / "mlflow.db") as connection:
+        rows = connection.execute("select run_uuid from tags where key = 'origin' and value = ?", (run_id,))
+        ((variant,),) = rows.fetchall()
+        params = dict(
+            connection.execute("select key, value from params where run_uuid = ?", (variant,)).fetchall()
+        )
+    connection.close()
+    expected = {"lr": "0.3", "optimizer.lr": "0.3", "model.pool": "max", "seed": "3", "epochs": "2"}
+    assert {key: params[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"surprise": 1}, "'surprise' is not a key of the config"),
+        ({"seed": "${oc.env:HOME}"}, "a stored config holds values, nothing to be resolved"),
+        ({"lr": -1}, "lr=-1: must be a number above 0"),
+        ({"model": {"_target_": "os.system"}}, "'model._target_' is not a key of the config"),
+        ({"data": "../../etc"}, "data='../../etc'"),
+    ],
+)
+def test_config_from_elsewhere_that_is_more_than_values_is_refused(cli, trained, tmp_path, change, complaint):
+    _, folder = trained
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.yaml").write_text(yaml.safe_dump(values | change))
+    done = cli("reproduce", "foreign")
+    assert done.returncode == 2
+    assert complaint in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_yaml_that_would_make_python_objects_makes_none(cli, tmp_path):
+    (tmp_path / "config.yaml").write_text("lr: !!python/object/apply:os.system ['touch pwned']\n")
+    done = cli("reproduce", "config.yaml")
+    assert done.returncode == 2
+    assert "not a config in YAML" in done.stderr
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_paths_in_a_config_from_elsewhere_are_not_used(cli, trained, tmp_path):
+    _, folder = trained
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    values["data"]["root"] = str(tmp_path / "elsewhere")
+    values["tracking"]["uri"] = f"sqlite:///{tmp_path}/elsewhere/mlflow.db"
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    assert cli("reproduce", str(folder)).returncode == 0
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_weights_that_are_a_pickle_are_refused_unopened(cli, trained, tmp_path):
+    _, folder = trained
+    (folder / "model" / "weights.safetensors").write_bytes(b"cposix\nsystem\n(S'touch pwned'\ntR.")
+    done = cli("reproduce", str(folder))
+    assert done.returncode == 2
+    assert "what is stored of the run is damaged" in done.stderr
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("nowhere", "neither a folder, nor a config.yaml, nor a run id"),
+        ("0123456789abcdef", "no run has an id that starts with"),
+        ("nowhere/config.yaml", "cannot be read"),
+    ],
+)
+def test_run_that_is_not_there_is_named(cli, name, complaint):
+    done = cli("reproduce", name)
+    assert done.returncode == 2
+    assert complaint in done.stderr
