@@ -184,6 +184,8 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
 
 def _hydra() -> None:
     """Let Hydra read the rest of the command line; its exceptions come through as they are."""
+    # argparse takes only overrides that stand together: `lr=0.1,0.2 -m seed=1` would be refused.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: bool(re.match(r"[^-].*=|~", word)))
     given = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's way to raise errors instead of printing them
     try:

@@ -280,3 +280,17 @@ def test_store_that_refuses_the_run_is_a_tracking_error(make_config, tmp_path):
     (tmp_path / "mlflow.db").write_bytes(b"SQLite format 3\0" + b"garbage" * 1000)
     with pytest.raises(TrackingError, match=r"tracking\.uri="):
         runs.run(broken, tmp_path / "run")
+
+
+def test_network_stuck_at_chance_is_tagged_and_said_to_be_collapsed(make_config, uri, tmp_path, capsys):
+    # Sigmoids at a small learning rate: after two epochs of eight steps it still only guesses.
+    config = make_config(*MINI, uri, "data.train_size=null")
+    result = runs.run(config, tmp_path / "run")
+    assert result.collapsed
+    assert "collapsed: it guesses" in capsys.readouterr().out
+    assert client(config).get_run(result.run_id).data.tags["collapsed"] == "true"
+
+
+def test_network_that_learns_is_not_collapsed(make_config, tmp_path):
+    config = make_config(*MINI, "tracking=none", "model=lenet_relu_max", "epochs=4")
+    assert not runs.run(config, tmp_path / "run").collapsed
