@@ -16,17 +16,25 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def interrupt_after(monkeypatch, epochs, how=KeyboardInterrupt):
-    """Make training end, as if by Ctrl-C, when this many epochs have been kept."""
+@pytest.fixture
+def cut_short(monkeypatch):
+    """Train a config, but raise `how` (Ctrl-C by default) when so many epochs have been kept."""
     train = engine.train
 
-    def interrupted(*arguments, **options):
-        for metrics in train(*arguments, **options):
-            yield metrics
-            if metrics.epoch == epochs:
-                raise how
+    def run(config, folder, epochs, how=KeyboardInterrupt):
+        def interrupted(*arguments, **options):
+            for metrics in train(*arguments, **options):
+                yield metrics
+                if metrics.epoch == epochs:
+                    raise how
 
-    monkeypatch.setattr(engine, "train", interrupted)
+        monkeypatch.setattr(engine, "train", interrupted)
+        try:
+            runs.run(config, folder)
+        finally:
+            monkeypatch.setattr(engine, "train", train)
+
+    return run
 
 
 def numbers(folder):
@@ -43,16 +51,15 @@ def numbers(folder):
 @pytest.mark.parametrize("schedule", ["constant", "step", "cosine"])
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
 def test_interrupted_run_goes_on_to_the_bits_of_an_uninterrupted_one(
-    make_config, tmp_path, monkeypatch, optimizer, schedule
+    make_config, tmp_path, monkeypatch, cut_short, optimizer, schedule
 ):
     config = make_config(*MINI, f"optimizer={optimizer}", f"schedule={schedule}")
     whole = tmp_path / "whole"
     runs.run(config, whole)
     (ledger.LEDGER / f"{identity.config_hash(config)}.json").unlink()
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after(patch, 2)
-        runs.run(config, tmp_path / "first")
+    with pytest.raises(KeyboardInterrupt):
+        cut_short(config, tmp_path / "first", 2)
     assert ledger.read_result(tmp_path / "first").status == "KILLED"
     trained = []
     with monkeypatch.context() as patch:
@@ -64,23 +71,23 @@ def test_interrupted_run_goes_on_to_the_bits_of_an_uninterrupted_one(
     assert not list(tmp_path.rglob("checkpoint.safetensors"))
 
 
-def test_run_killed_after_its_last_epoch_only_has_to_end(make_config, tmp_path, monkeypatch):
+def test_run_killed_after_its_last_epoch_only_has_to_end(make_config, tmp_path, monkeypatch, cut_short):
     config = make_config(*MINI)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after(patch, 4)
-        patch.setattr(runs, "_is_done", lambda config, trained: False)
-        runs.run(config, tmp_path / "first")
+    done, is_done = [False], runs._is_done
+    monkeypatch.setattr(runs, "_is_done", lambda *of: all(done) and is_done(*of))
+    with pytest.raises(KeyboardInterrupt):
+        cut_short(config, tmp_path / "first", 4)
+    done[0] = True
     monkeypatch.setattr(engine, "gradient_step", None)
     assert runs.run(config, tmp_path / "second").status == "FINISHED"
 
 
 def test_failed_run_keeps_its_last_good_checkpoint_and_starts_afresh_when_tried_again(
-    make_config, tmp_path, monkeypatch
+    make_config, tmp_path, monkeypatch, cut_short
 ):
     config = make_config(*MINI)
-    with monkeypatch.context() as patch, pytest.raises(runs.RunFailed, match="RuntimeError: too hot"):
-        interrupt_after(patch, 3, RuntimeError("too hot"))
-        runs.run(config, tmp_path / "first")
+    with pytest.raises(runs.RunFailed, match="RuntimeError: too hot"):
+        cut_short(config, tmp_path / "first", 3, RuntimeError("too hot"))
     assert (tmp_path / "first" / "checkpoint.safetensors").exists()
     assert len((tmp_path / "first" / "metrics.jsonl").read_text().splitlines()) == 3
     steps = []
@@ -90,10 +97,9 @@ def test_failed_run_keeps_its_last_good_checkpoint_and_starts_afresh_when_tried_
     assert len(steps) == 4 * 3
 
 
-def test_rerun_starts_an_interrupted_run_afresh(make_config, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after(patch, 2)
-        runs.run(make_config(*MINI), tmp_path / "first")
+def test_rerun_starts_an_interrupted_run_afresh(make_config, tmp_path, monkeypatch, cut_short):
+    with pytest.raises(KeyboardInterrupt):
+        cut_short(make_config(*MINI), tmp_path / "first", 2)
     steps = []
     step = engine.gradient_step
     monkeypatch.setattr(engine, "gradient_step", lambda *a: steps.append(1) or step(*a))
@@ -162,12 +168,11 @@ def test_checkpoint_of_another_config_or_another_file_is_refused(saved):
 
 
 def test_run_with_a_damaged_checkpoint_says_so_and_starts_from_its_first_epoch(
-    make_config, tmp_path, monkeypatch, capsys
+    make_config, tmp_path, capsys, cut_short
 ):
     config = make_config(*MINI)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after(patch, 2)
-        runs.run(config, tmp_path / "first")
+    with pytest.raises(KeyboardInterrupt):
+        cut_short(config, tmp_path / "first", 2)
     path = tmp_path / "first" / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
     runs.run(config, tmp_path / "second")
