@@ -1,5 +1,7 @@
 """Which device a run trains on, and the process-wide switches that decide its arithmetic."""
 
+import os
+
 import torch
 
 from lenet_sweep.config import PrecisionConfig
@@ -57,6 +59,10 @@ def set_arithmetic(threads: int | str, precision: PrecisionConfig) -> None:
     torch.backends.cudnn.fp32_precision = fp32
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+    if torch.cuda.is_available():
+        # cuBLAS reads this when it is first used; see torch's notes on reproducibility.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 _default_threads = torch.get_num_threads()

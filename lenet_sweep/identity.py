@@ -104,8 +104,13 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "code_version": code_version(),
         "git_commit": git().commit,
         "git_dirty": git().dirty,
+        "uncommitted_diff": _digest(uncommitted_diff()),
         "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _digest(text: str | None) -> str | None:
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if text else None
 
 
 def _git(*arguments: str) -> str | None:

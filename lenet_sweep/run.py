@@ -19,11 +19,12 @@ import contextlib
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -53,6 +54,8 @@ from lenet_sweep.paths import atomic_path, write_atomic
 from lenet_sweep.randomness import generator
 
 log = logging.getLogger(__name__)
+
+_CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -133,33 +136,45 @@ def _run(
     job: Job | None,
     previous: Entry | None,
 ) -> Result:
-    config_hash = tags["config_hash"]
-    started, start_ms = time.perf_counter(), int(time.time() * 1000)
+    config_hash, start_ms = tags["config_hash"], int(time.time() * 1000)
     _claim(folder, config)
-    trained, device = prepare(config)
+    try:
+        trained, device = prepare(config)
+    except (LenetSweepError, OSError, RuntimeError) as error:
+        ledger.write_result(folder, Result("FAILED", _reason(error), False, None, config_hash, 0.0, {}))
+        raise
     _introduce(config, device, overrides, job)
-    run_id = _take_over(previous, trained, config_hash) if previous else None
-
-    write_atomic(folder / "environment.json", _json(identity.environment(*devices.facts(device))))
-    if diff := identity.uncommitted_diff():
-        write_atomic(folder / "uncommitted.diff", diff)
-    tracked = tracking.open_run(
-        config.tracking,
-        folder,
-        _name(overrides) or config.model.name,
-        tags,
-        start_ms,
-        run_id,
-    )
+    run_id = _take_over(previous, folder, trained, config_hash) if previous else None
+    _describe_surroundings(folder, device)
+    name = f"{_name(overrides) or config.model.name} #{config_hash[:6]}"
+    tracked = tracking.open_run(config.tracking, folder, name, tags, start_ms, run_id)
+    # From here on a run that is cut short is found, with its checkpoint, in the new folder.
     ledger.enter(config_hash, Entry(folder, _store(config), tracked.run_id))
+    if previous:
+        (previous.folder / _CHECKPOINT).unlink(missing_ok=True)
 
+    with _recorded(trained, tracked, folder, config_hash) as ends:
+        _train(config, config_hash, trained, folder, tracked, _label(overrides, job))
+        _save(config, trained, folder)
+    (result,) = ends
+    _last_words(result, trained.last, device, folder, tracked, job)
+    return result
+
+
+@contextlib.contextmanager
+def _recorded(
+    trained: Trained, tracked: tracking.Run, folder: Path, config_hash: str
+) -> Iterator[list[Result]]:
+    """Record how the block ends, whatever ends it; the list then holds the result.
+
+    Raises:
+        RunFailed: for an error of the kind that a run can meet, with its reason in words.
+    """
+    started, ends = time.perf_counter(), list[Result]()
     status: ledger.Status = "FAILED"
     reason: str | None = None
     try:
-        _train(config, config_hash, trained, folder, tracked, _label(overrides, job))
-        if previous:
-            (previous.folder / "checkpoint.safetensors").unlink(missing_ok=True)
-        _save(config, trained, folder)
+        yield ends
         status = "FINISHED"
     except KeyboardInterrupt:
         status, reason = "KILLED", "interrupted"
@@ -170,21 +185,14 @@ def _run(
         log.exception("the run failed")
         raise RunFailed(reason) from error
     except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = _reason(error)
         raise
     finally:
-        result = Result(
-            status,
-            reason,
-            bool(trained.lines) and _is_collapsed(trained.last),
-            tracked.run_id,
-            config_hash,
-            round(time.perf_counter() - started, 3),
-            trained.lines[-1].named() if trained.lines else {},
-        )
-        _end(result, tracked, folder)
-    _last_words(result, trained.last, device, folder, tracked, job)
-    return result
+        seconds = round(time.perf_counter() - started, 3)
+        collapsed = bool(trained.lines) and _is_collapsed(trained.last)
+        metrics = trained.lines[-1].named() if trained.lines else {}
+        ends.append(Result(status, reason, collapsed, tracked.run_id, config_hash, seconds, metrics))
+        _end(ends[0], tracked, folder)
 
 
 def _end(result: Result, tracked: tracking.Run, folder: Path) -> None:
@@ -202,7 +210,7 @@ def _end(result: Result, tracked: tracking.Run, folder: Path) -> None:
     with contextlib.suppress(OSError):
         ledger.mark_synced(result.config_hash)
     if result.status == "FINISHED":
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        (folder / _CHECKPOINT).unlink(missing_ok=True)
 
 
 def _train(
@@ -215,12 +223,7 @@ def _train(
 ) -> None:
     """Train on; after every epoch keep the state, write the metrics down, track and show them."""
 
-    def keep(line: Line) -> None:
-        # First the checkpoint: what is tracked must never be more than a resumed run knows of.
-        saved = folder / "checkpoint.safetensors"
-        checkpoint.save(
-            saved, trained.network, trained.optimizer, trained.schedule, config_hash, trained.lines
-        )
+    def write_down(line: Line) -> None:
         journal.write(line.dump() + "\n")
         journal.flush()
         tracked.log(line.metrics.epoch, line.named(), line.time_ms)
@@ -231,8 +234,7 @@ def _train(
         _profiler(folder) if config.profile else contextlib.nullcontext(),
     ):
         for line in trained.lines:
-            keep(line)
-            watch.epoch(line.metrics)
+            write_down(line)
         if _is_done(config, trained):
             return
         for metrics in engine.train(
@@ -248,7 +250,16 @@ def _train(
             on_point=watch.point,
         ):
             trained.lines.append(Line(metrics, _now_ms(trained.lines)))
-            keep(trained.lines[-1])
+            # First the checkpoint: what is tracked must never be more than a resumed run knows of.
+            checkpoint.save(
+                folder / _CHECKPOINT,
+                trained.network,
+                trained.optimizer,
+                trained.schedule,
+                config_hash,
+                trained.lines,
+            )
+            write_down(trained.lines[-1])
             watch.epoch(metrics)
             if _is_done(config, trained):
                 return
@@ -276,9 +287,12 @@ def _interrupted(config: Config, config_hash: str) -> Entry | None:
     return entry if result is None or result.status == "KILLED" else None
 
 
-def _take_over(previous: Entry, trained: Trained, config_hash: str) -> str | None:
-    """Restore the state that an interrupted run reached; return the id of the run to go on with."""
-    path = previous.folder / "checkpoint.safetensors"
+def _take_over(previous: Entry, folder: Path, trained: Trained, config_hash: str) -> str | None:
+    """Restore the state that an interrupted run reached, and copy its checkpoint into `folder`.
+
+    Returns the id of the MLflow run to go on with.
+    """
+    path = previous.folder / _CHECKPOINT
     if not path.exists():
         # Nothing was tracked yet, so its run can be filled from the start.
         return previous.run_id
@@ -289,6 +303,8 @@ def _take_over(previous: Entry, trained: Trained, config_hash: str) -> str | Non
     except checkpoint.Damaged as error:
         progress.say(f"{error}; the run starts from its first epoch")
         return None
+    with atomic_path(folder / _CHECKPOINT) as copy:
+        shutil.copyfile(path, copy)
     progress.say(f"going on after epoch {trained.last.epoch} of {previous.folder}")
     return previous.run_id
 
@@ -327,6 +343,13 @@ def _claim(folder: Path, config: Config) -> None:
         raise OutputError(f"{folder}: already holds a run; choose another hydra.run.dir") from error
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error
+
+
+def _describe_surroundings(folder: Path, device: torch.device) -> None:
+    environment = identity.environment(*devices.facts(device))
+    write_atomic(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    if diff := identity.uncommitted_diff():
+        write_atomic(folder / "uncommitted.diff", diff)
 
 
 def _introduce(config: Config, device: torch.device, overrides: tuple[str, ...], job: Job | None) -> None:
@@ -400,7 +423,7 @@ def _label(overrides: tuple[str, ...], job: Job | None) -> str:
     return f"[{job.number}{of_how_many}] {_name(overrides)}".rstrip()
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory on the device: {str(error).splitlines()[0]}"
     if isinstance(error, MemoryError):
@@ -424,7 +447,3 @@ def _profiler(folder: Path) -> Iterator[None]:
     write_atomic(folder / "profile" / "operators.txt", table)
     progress.say(table)
     progress.say(f"trace {folder / 'profile' / 'trace.json'} (open it in https://ui.perfetto.dev)")
-
-
-def _json(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=2) + "\n"

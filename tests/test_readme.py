@@ -21,7 +21,10 @@ ELSEWHERE = {
     "python -m lenet_sweep +debug=profile": ("tests/test_sweep.py", "test_debug_preset_does_what_it_says"),
     "python -m lenet_sweep data": ("tests/test_sources.py", "test_torchvision_reads_what_was_fetched"),
     "python -m lenet_sweep reproduce RUN": ("tests/test_reproduce.py", "test_finished_run_is_reproduced"),
-    "python -m lenet_sweep reproduce RUN lr=0.3": ("tests/test_reproduce.py", "test_override_makes_a_variant"),
+    "python -m lenet_sweep reproduce RUN lr=0.3": (
+        "tests/test_reproduce.py",
+        "test_override_makes_a_variant",
+    ),
     "python -m lenet_sweep sync": ("tests/test_faults.py", "test_server_that_dies_in_the_middle"),
     "python -m lenet_sweep tracking=server tracking.uri=http://127.0.0.1:5000": (
         "tests/test_run.py",

@@ -70,7 +70,7 @@ def test_mlflow_run_holds_all_that_the_design_lists(finished):
     config, _, result = finished
     kept = client(config).get_run(result.run_id)
     assert kept.info.status == "FINISHED"
-    assert kept.info.run_name == "lr=0.1"
+    assert kept.info.run_name == f"lr=0.1 #{identity.config_hash(config)[:6]}"
     expected = {key: str(value) for key, value in configs.flatten(configs.to_dict(config))}
     assert kept.data.params == expected
     assert expected["model.activation"] == "sigmoid"
