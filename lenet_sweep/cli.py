@@ -8,6 +8,7 @@ Exit codes: 0 all well; 1 a run failed; 2 a mistake in the command or config, no
 """
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -54,15 +56,23 @@ def main() -> int:
             return command(sys.argv[2:]) or 0
         _hydra()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; the same command goes on from where it stopped", file=sys.stderr)
         return _INTERRUPTED
     except (_Carried, LenetSweepError, HydraException, OmegaConfBaseException, OSError) as caught:
-        error = _in_words(caught.error if isinstance(caught, _Carried) else caught)
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _tell(_in_words(caught.error if isinstance(caught, _Carried) else caught), debug)
+    except ValueError as caught:
+        if not _raised_in_hydra(caught):
+            raise
+        typed = " ".join(sys.argv[1:])
+        return _tell(ConfigError(f"{typed}: {caught}; a choice is written as model=lenet"), debug)
     return 0
+
+
+def _tell(error: LenetSweepError, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def task(composed: DictConfig) -> "Result":
@@ -100,7 +110,12 @@ class RefuseEarly(Callback):
         from lenet_sweep import preflight
 
         try:
-            preflight.check([to_config(config)], Path(config.hydra.run.dir), print)
+            own = to_config(config)
+            if own.sweep.dry_run:
+                raise ConfigError("sweep.dry_run=true: plans a sweep, so it needs -m")
+            if OmegaConf.select(config, "hydra.sweeper.params"):
+                raise ConfigError("this experiment is a sweep, so it needs -m")
+            preflight.check([own], Path(config.hydra.run.dir), print)
         except (LenetSweepError, OmegaConfBaseException) as error:
             raise _Carried(error) from error
 
@@ -147,7 +162,7 @@ def reproduce(arguments: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         "python -m lenet_sweep reproduce",
-        description=reproduce.__doc__,
+        description=inspect.cleandoc(reproduce.__doc__ or ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Exit codes: 0 identical (or the variant was trained), 3 different, 2 it could not be tried.",
     )
@@ -158,21 +173,35 @@ def reproduce(arguments: list[str]) -> int:
         "overrides", nargs="*", metavar="KEY=VALUE", help="tracking.uri=... says where RUN is"
     )
     chosen = parser.parse_args(arguments)
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        composed = hydra.compose("config", chosen.overrides)
-    here = to_config(composed)  # refuses a misspelt override before anything is fetched
+    local = [text for text in chosen.overrides if re.match(r"tracking\b|data\.root=", text)]
+    here = _compose(local)
+    changes = [_change(text) for text in chosen.overrides if text not in local]
 
     from lenet_sweep import reproduce as reproduction
 
     original = reproduction.find(chosen.run, here.tracking)
-    keys = [override.partition("=")[0] for override in chosen.overrides]
-    varied = [key for key in keys if key.partition(".")[0] != "tracking" and key != "data.root"]
-    if varied:
-        reproduction.variant(original, here, varied, tuple(chosen.overrides))
+    if changes:
+        reproduction.variant(original, here, changes, tuple(chosen.overrides))
         return 0
-    verdict = reproduction.again(original)
+    verdict = reproduction.again(original, here.data.root)
     print("\n".join(verdict.lines()))
     return 0 if verdict.identical else _DIFFERENT
+
+
+def _compose(overrides: list[str]) -> Config:
+    """The config that these overrides alone make."""
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return to_config(hydra.compose("config", overrides))
+
+
+def _change(text: str) -> tuple[str, Any]:
+    """One override as a key and its plain value; a choice (model=lenet) as its whole section."""
+    override = OverridesParser.create().parse_override(text)
+    key = override.key_or_group
+    if key not in configs.known_keys():
+        raise configs.unknown_key(key)
+    section = configs.to_dict(_compose([text])).get(key) if "." not in key else None
+    return key, section if isinstance(section, dict) else override.value()
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
@@ -184,6 +213,10 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
 
 def _hydra() -> None:
     """Let Hydra read the rest of the command line; its exceptions come through as they are."""
+    for word in sys.argv[1:]:
+        key = word.lstrip("-").partition("=")[0]
+        if word.startswith("-") and key in configs.known_keys():
+            raise ConfigError(f"{word}: values are given without dashes: {key}=VALUE")
     # argparse takes only overrides that stand together: `lr=0.1,0.2 -m seed=1` would be refused.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: bool(re.match(r"[^-].*=|~", word)))
     given = os.environ.get("HYDRA_FULL_ERROR")
@@ -215,12 +248,15 @@ def _planned(composed: DictConfig, hydra_config: HydraConf) -> tuple[Config, "Jo
     folder, number = Path(hydra_config.sweep.dir), int(hydra_config.job.num)
     plan = read_plan(folder)
     if plan is None:
-        return to_config(composed), Job(folder.name, number + 1, None)
-    return configs.parse(plan["jobs"][number]["config"]), Job(folder.name, number + 1, len(plan["jobs"]))
+        label = " ".join(hydra_config.overrides.task)
+        return to_config(composed), Job(folder.name, number + 1, None, label)
+    planned = plan["jobs"][number]
+    job = Job(folder.name, number + 1, len(plan["jobs"]), planned["label"])
+    return configs.parse(planned["config"]), job
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:
-    """What our sweeper wrote into the sweep's folder: `jobs`, each with its overrides and config."""
+    """What our sweeper wrote into the sweep's folder: `jobs`, each with label, overrides and config."""
     plan = folder / "sweep.json"
     if not plan.exists():
         return None
@@ -237,8 +273,13 @@ def _in_words(error: Exception) -> LenetSweepError:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _unknown_option(str(error.missing_cfg_file), text)
     if isinstance(error, OverrideParseException) and "=" in error.override:
-        return ConfigError(f"{error.override}: cannot be read as KEY=VALUE: {text.splitlines()[0]}")
+        return ConfigError(
+            f"{error.override}: is no KEY=VALUE; a value with spaces or signs needs quotes within quotes, "
+            "as in 'data.root=\"~/my data\"'; a list is [A,B]"
+        )
     if isinstance(error, OverrideParseException):
+        if error.override in configs.known_keys():
+            return ConfigError(f"{error.override!r} lacks its value: write {error.override}=VALUE")
         known = {*COMMANDS, *configs.known_keys()}
         return ConfigError(
             f"{error.override!r} is neither a command ({', '.join(COMMANDS)}) nor KEY=VALUE."
@@ -258,6 +299,14 @@ def _in_words(error: Exception) -> LenetSweepError:
         return OutputError(f"{error.filename or 'input or output'}: {error.strerror or error}")
     detail = f": {str(cause).splitlines()[0]}" if cause and str(cause) else ""
     return ConfigError(" ".join(text.split("\nSee ")[0].splitlines()) + detail)
+
+
+def _raised_in_hydra(error: BaseException) -> bool:
+    """Whether Hydra, not our code, stumbled: it lets some odd overrides through to plain ValueErrors."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("hydra.")
 
 
 def _unknown_option(path: str, text: str) -> ConfigError:

@@ -168,17 +168,25 @@ class MlflowConfig:
     experiment: str
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.uri)
-        if parts.scheme not in ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks"):
+        try:
+            parts = urlsplit(self.uri)
+            secret = parts.password or (parts.username if parts.scheme in ("http", "https") else None)
+        except ValueError as error:
+            raise ConfigError(f"tracking.uri={self.uri!r}: is no URI: {error}") from error
+        kind = parts.scheme.partition("+")[0]
+        if (
+            kind not in ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
+            and self.uri != "databricks"
+        ):
             raise ConfigError(
                 f"tracking.uri={self.uri!r}: must start with sqlite:///, http://, https:// or be another URI "
                 "that MLflow takes (its file store is no longer supported)"
             )
-        if parts.scheme in ("http", "https") and parts.password:
+        if secret:
             # The config is stored with every run, for everybody to read.
             raise ConfigError(
-                "tracking.uri: a password in the URI would be stored with every run; "
-                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+                "tracking.uri: a password in the URI would be stored with every run; for a server, set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
             )
         if not self.experiment.strip():
             raise ConfigError("tracking.experiment='': must be the name of an MLflow experiment")
@@ -245,7 +253,8 @@ def parse(values: dict[str, Any]) -> Config:
 def load(path: Path) -> Config:
     """Read a stored config.yaml. The file is untrusted: it is parsed as plain YAML, nothing more."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+        leaves = list(flatten(values)) if isinstance(values, dict) else []
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except (yaml.YAMLError, AttributeError, LookupError, RecursionError, ValueError) as error:
@@ -254,12 +263,22 @@ def load(path: Path) -> Config:
         raise ConfigError(f"{path}: not a config in YAML: {reason}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not a config: expected keys and values, got {type(values).__name__}")
-    for key, value in flatten(values):
+    for key, value in leaves:
         if isinstance(value, str) and "${" in value:
             raise ConfigError(
                 f"{path}: {key}={value!r}: a stored config holds values, nothing to be resolved"
             )
     return parse(values)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Safe YAML without aliases, with which a short file can stand for an endless or a huge one."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not allowed")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
 
 
 def dump(config: Config) -> str:
@@ -385,7 +404,8 @@ def _accept(option: Any, value: Any, path: str) -> tuple[bool, Any]:
         return False, None
     if base is int and not isinstance(value, int):
         return False, None
-    if not math.isfinite(value) or not all(value in rule for rule in rules):
+    finite = isinstance(value, int) or math.isfinite(value)
+    if not finite or not all(value in rule for rule in rules):
         return False, None
     return True, base(value)
 
@@ -415,7 +435,7 @@ def _check_device(device: str) -> None:
     kind, _, index = device.partition(":")
     indexed = kind == "cuda" and index.isdecimal() and index.isascii()
     if device not in ("auto", "cpu", "mps", "cuda") and not indexed:
-        near = suggestion(device, {"auto", "cpu", "mps", "cuda"})
+        near = suggestion("cuda" if "gpu" in device.lower() else device, {"auto", "cpu", "mps", "cuda"})
         raise ConfigError(f"device={device!r}: must be auto, cpu, mps, cuda or cuda:N.{near}")
 
 

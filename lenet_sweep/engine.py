@@ -96,6 +96,8 @@ def train(
 
         test_loss, test_acc = evaluate(network, data.test, amp)
         val_loss, val_acc = evaluate(network, data.val, amp) if data.val else (None, None)
+        if not math.isfinite(test_loss):
+            raise RunFailed(f"the test loss became {test_loss} after epoch {epoch}")
         yield EpochMetrics(
             epoch,
             curve[-1].train_loss,

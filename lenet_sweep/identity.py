@@ -117,11 +117,17 @@ def _git(*arguments: str) -> str | None:
     """The output of a git command in the package's folder; None if it fails or there is no git."""
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=PACKAGE, capture_output=True, text=True, timeout=10, check=True
+            ["git", *arguments],
+            cwd=PACKAGE,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip()
+    return done.stdout.strip("\n")
 
 
 def _version(package: str) -> str | None:

@@ -9,9 +9,10 @@ nothing twice; an entry whose lock is free and whose run has no result was inter
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -57,7 +58,7 @@ def claim(config_hash: str, waiting: Callable[[], None]) -> Iterator[None]:
     """
     try:
         LEDGER.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(LEDGER / f"{config_hash}.lock")
+        lock = FileLock(str(LEDGER / f"{config_hash}.lock"))
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -91,17 +92,28 @@ def look_up(config_hash: str) -> Entry | None:
         return None
 
 
-def is_claimed(config_hash: str) -> bool:
-    """Whether a process trains this config now."""
-    lock = FileLock(LEDGER / f"{config_hash}.lock")
-    if not Path(lock.lock_file).exists():
-        return False
+@contextmanager
+def claim_if_free(config_hash: str) -> Iterator[bool]:
+    """Hold a config's lock if no process trains it; the block is told whether that is so."""
+    LEDGER.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str(LEDGER / f"{config_hash}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        return True
-    lock.release()
-    return False
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def is_claimed(config_hash: str) -> bool:
+    """Whether a process trains this config now."""
+    if not (LEDGER / f"{config_hash}.lock").exists():
+        return False
+    with claim_if_free(config_hash) as free:
+        return not free
 
 
 def write_result(folder: Path, result: Result) -> None:
@@ -117,18 +129,25 @@ def read_result(folder: Path) -> Result | None:
         return None
 
 
-def mark_unsynced(config_hash: str, folder: Path) -> None:
+def mark_unsynced(folder: Path) -> None:
     """Remember that the store has not got all of the run in `folder`."""
     (LEDGER / "unsynced").mkdir(parents=True, exist_ok=True)
-    write_atomic(LEDGER / "unsynced" / config_hash, str(folder.absolute()))
+    write_atomic(_mark(folder), str(folder.absolute()))
 
 
-def mark_synced(config_hash: str) -> None:
+def mark_synced(folder: Path) -> None:
     """Forget it again."""
-    (LEDGER / "unsynced" / config_hash).unlink(missing_ok=True)
+    _mark(folder).unlink(missing_ok=True)
 
 
-def unsynced() -> list[tuple[str, Path]]:
-    """The config's hash and the folder of each run that the store has not got in full."""
-    marks = sorted((LEDGER / "unsynced").glob("[!.]*"))
-    return [(mark.name, Path(mark.read_text(encoding="utf-8"))) for mark in marks]
+def unsynced() -> list[Path]:
+    """The folder of each run that the store has not got in full."""
+    folders = []
+    for mark in sorted((LEDGER / "unsynced").glob("[!.]*")):
+        with suppress(FileNotFoundError):  # another process has just delivered it
+            folders.append(Path(mark.read_text(encoding="utf-8")))
+    return folders
+
+
+def _mark(folder: Path) -> Path:
+    return LEDGER / "unsynced" / hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]

@@ -1,6 +1,8 @@
 """What a user sees while a run trains: a live bar on a terminal, one plain line an epoch elsewhere."""
 
 import logging
+import os
+import sys
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -17,8 +19,14 @@ log = logging.getLogger("lenet_sweep")
 
 def console() -> Console:
     """Standard output; where that is no terminal, wide enough that nothing is cut or wrapped."""
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=240)
+    found = _Console(highlight=False)
+    return found if found.is_terminal else _Console(highlight=False, width=240)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on without an audience: `| head` must not end a training, as rich would have it."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(line: str) -> None:

@@ -1,5 +1,6 @@
 """The table at the end of a sweep: every run, what it reached, and why it failed if it did."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,10 +40,10 @@ class Row:
 def sweep_table(rows: list[Row]) -> Table:
     """A row for every run, with a column for each key that differs between them; the title has the others."""
     settings = [dict(override.partition("=")[::2] for override in row.overrides) for row in rows]
-    keys = list(dict.fromkeys(key for values in settings for key in values))
-    varied = [key for key in keys if len({values.get(key) for values in settings}) > 1]
-    same = [f"{key}={settings[0][key]}" for key in keys if key not in varied]
-    table = Table(title=f"All {len(rows)} runs {' '.join(same)}".rstrip(), title_justify="left")
+    varied = varied_keys([row.overrides for row in rows])
+    same = [f"{key}={value}" for key, value in settings[0].items() if key not in varied]
+    count = f"All {len(rows)} runs" if len(rows) > 1 else "One run"
+    table = Table(title=f"{count}  {' '.join(same)}".rstrip(), title_justify="left")
     table.add_column("run", justify="right")
     for key in varied:
         table.add_column(key.lstrip("+"), overflow="fold")
@@ -60,13 +61,26 @@ def sweep_table(rows: list[Row]) -> Table:
     return table
 
 
+def varied_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """The keys whose values are not the same in the overrides of all jobs."""
+    settings = [dict(override.partition("=")[::2] for override in job) for job in jobs]
+    keys = dict.fromkeys(key for values in settings for key in values)
+    return [key for key in keys if len({values.get(key) for values in settings}) > 1]
+
+
 def failures(rows: list[Row]) -> list[str]:
     """A line for each run that failed: which, why, and where its log is."""
+    varied = varied_keys([row.overrides for row in rows])
     return [
-        f"run {number} ({' '.join(row.overrides)}): {_reason(row)}; see {row.folder}"
+        f"run {number} ({label(row.overrides, varied)}): {_reason(row)}; see {row.folder}"
         for number, row in enumerate(rows, start=1)
-        if row.failed
+        if row.failed and row.status != "not started"
     ]
+
+
+def label(overrides: Sequence[str], varied: Sequence[str]) -> str:
+    """What tells a job from the others of its sweep."""
+    return " ".join(override for override in overrides if override.partition("=")[0] in varied)
 
 
 def _reason(row: Row) -> str:

@@ -7,6 +7,7 @@ not used, and nothing in it is imported or executed.
 
 import dataclasses
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +18,15 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lenet_sweep import checkpoint, devices, engine, identity, journal, progress, run, tracking
+from lenet_sweep import checkpoint, devices, engine, identity, journal, preflight, progress, run, tracking
 from lenet_sweep import config as configs
 from lenet_sweep.config import Config, MlflowConfig, NoTrackingConfig
-from lenet_sweep.errors import ConfigError, DataError
+from lenet_sweep.errors import ConfigError, DataError, DeviceError
 
 _FILES = ("config.yaml", "metrics.jsonl", "environment.json", "model/weights.safetensors")
+
+# Surroundings that decide bits; a commit's name does not.
+_DECISIVE = ("python", "cpu", "device", "threads", "packages torch", "packages numpy")
 
 Metrics = dict[int, dict[str, float]]  # epoch -> name -> value, all but speed
 
@@ -56,9 +60,10 @@ class Difference:
 class Verdict:
     """The comparison of a run with its repetition."""
 
-    epochs: int  # how many could be compared
+    epochs: int  # how many are stored of the original, and were compared
+    planned_epochs: int
     differences: tuple[Difference, ...]  # in the order of epochs
-    weights_differ: bool | None  # None: the original kept none, as it did not reach its end
+    weights_differ: bool | None  # None: no final weights of the original are stored
     surroundings: tuple[str, ...]  # what was another than at the time of the original
 
     @property
@@ -67,20 +72,20 @@ class Verdict:
 
     def lines(self) -> list[str]:
         """The verdict in words, the word that counts first."""
-        compared = f"{self.epochs} epochs" + ("" if self.weights_differ is None else " and the weights")
         if self.identical:
-            verdict = [f"identical, bit for bit: every metric of {compared}"]
+            weights = "" if self.weights_differ is None else " and the weights"
+            lines = [f"identical, bit for bit: every metric of {_epochs(self.epochs)}{weights}"]
         else:
-            verdict = ["different", *self._differences()]
+            lines = ["different", *self._differences()]
+        if self.epochs < self.planned_epochs:
+            lines.append(f"the original went as far as epoch {self.epochs} of {self.planned_epochs}")
         if self.weights_differ is None:
-            verdict.append("the original did not reach its end; it was compared as far as it went")
+            lines.append("no final weights of the original are stored, so its metrics alone were compared")
         if self.surroundings:
-            verdict += ["other than at the time of the original:", *(f"  {s}" for s in self.surroundings)]
-            if not self.identical:
-                verdict.append(
-                    "equal bits are not to be expected with another device, library or thread count"
-                )
-        return verdict
+            lines += ["other than at the time of the original:", *(f"  {s}" for s in self.surroundings)]
+        if any(s.startswith(_DECISIVE) for s in self.surroundings) and not self.identical:
+            lines.append("on another device, library or number of threads equal bits are not to be expected")
+        return lines
 
     def _differences(self) -> list[str]:
         lines = []
@@ -94,6 +99,10 @@ class Verdict:
         if self.weights_differ:
             lines.append("the final weights differ")
         return lines
+
+
+def _epochs(n: int) -> str:
+    return f"{n} epoch" if n == 1 else f"{n} epochs"
 
 
 def find(name: str, store: MlflowConfig | NoTrackingConfig) -> Original:
@@ -116,7 +125,7 @@ def find(name: str, store: MlflowConfig | NoTrackingConfig) -> Original:
     return dataclasses.replace(original, metrics=_exact(metrics))
 
 
-def again(original: Original) -> Verdict:
+def again(original: Original, data_root: str) -> Verdict:
     """Train the original's config once more, with its number of threads, as far as it went, and compare.
 
     Raises:
@@ -125,9 +134,9 @@ def again(original: Original) -> Verdict:
     if not original.metrics:
         raise ConfigError(f"{original.name}: no epoch of it is stored, so there is nothing to compare")
     last_epoch = max(original.metrics)
-    config = as_local(original.config)
-    if isinstance(threads := original.environment.get("threads"), int):
-        config = dataclasses.replace(config, threads=threads)
+    if not set(original.metrics) <= set(range(1, original.config.epochs + 1)):
+        raise DataError(f"{original.name}: has epoch {last_epoch}, but its config {original.config.epochs}")
+    config = _for_here(original, data_root)
     trained, device = run.prepare(config)
     metrics: Metrics = {}
     with progress.Watch(last_epoch, "") as watch:
@@ -148,44 +157,53 @@ def again(original: Original) -> Verdict:
     return _compare(original, metrics, weights, identity.environment(*devices.facts(device)))
 
 
-def variant(original: Original, here: Config, varied: Sequence[str], overrides: tuple[str, ...]) -> None:
-    """Train the original's config with the values that `here` has for the `varied` keys, as a new run.
+def _for_here(original: Original, data_root: str) -> Config:
+    """The original's config with this machine's folder of datasets, its device if there is one, its threads.
 
-    `here` is what these overrides make of the default config; its store and paths are used.
+    A stored config may come from anywhere: the paths and the store in it are never used.
+    """
+    config = dataclasses.replace(
+        original.config, data=dataclasses.replace(original.config.data, root=data_root)
+    )
+    threads = original.environment.get("threads")
+    if type(threads) is int and 1 <= threads <= 1024:  # True is an int to isinstance
+        config = dataclasses.replace(config, threads=threads)
+    try:
+        devices.resolve(config.device)
+    except DeviceError as error:
+        progress.say(f"{error}\ntraining on another device, where equal bits are not to be expected")
+        config = dataclasses.replace(config, device="auto")
+    return config
+
+
+def variant(
+    original: Original, here: Config, changes: Sequence[tuple[str, Any]], overrides: tuple[str, ...]
+) -> None:
+    """Train the original's config with some values changed, as a new run, in the places that `here` names.
 
     Raises:
-        LenetSweepError: as `run.run` does.
+        LenetSweepError: as `preflight.check` and `run.run` do.
     """
-    values, chosen = configs.to_dict(original.config), configs.to_dict(here)
-    for key in varied:
-        _copy(key, chosen, values)
-    if {"lr", "optimizer"} & set(varied) and "optimizer.lr" not in varied:
+    values, places = configs.to_dict(original.config), configs.to_dict(here)
+    for key, value in changes:
+        *sections, name = key.split(".")
+        target = values
+        for section in sections:
+            target = target[section]
+        target[name] = value
+    changed = {key for key, _ in changes}
+    if changed & {"lr", "optimizer"} and "optimizer.lr" not in changed:
         values["optimizer"]["lr"] = values["lr"]  # what ${lr} says in conf/optimizer/
-    values["data"]["root"], values["tracking"] = here.data.root, chosen["tracking"]
+    values["data"]["root"], values["tracking"] = here.data.root, places["tracking"]
+    config = configs.parse(values)
     folder = Path("outputs") / "runs" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    run.run(configs.parse(values), folder, overrides, origin=original.name)
-
-
-def _copy(key: str, source: dict[str, Any], target: dict[str, Any]) -> None:
-    """Set the dotted `key` of nested dicts `target` to what it is in `source`."""
-    *sections, name = key.lstrip("+").split(".")
-    for section in sections:
-        source, target = source[section], target[section]
-    target[name] = source[name]
-
-
-def as_local(config: Config) -> Config:
-    """A stored config with the places of this machine: its own paths and store are never used."""
-    root = configs.default_data_root()
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, root=root),
-        tracking=NoTrackingConfig(name="none"),
-        profile=False,
-    )
+    preflight.check([config], folder, progress.say)
+    run.run(config, folder, overrides, origin=original.name)
 
 
 def _from_folder(folder: Path, name: str) -> Original:
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{name!r}: holds no run (there is no {folder / 'config.yaml'})")
     config = configs.load(folder / "config.yaml")
     try:
         text = _read(folder / "metrics.jsonl")
@@ -216,15 +234,20 @@ def _compare(original: Original, metrics: Metrics, weights: str, environment: di
         Difference(epoch, name, before, metrics.get(epoch, {}).get(name, float("nan")))
         for epoch, values in sorted(original.metrics.items())
         for name, before in values.items()
-        if metrics.get(epoch, {}).get(name) != before
+        if not _same(before, metrics.get(epoch, {}).get(name))
     )
     kept = original.weights_sha256
     return Verdict(
         len(original.metrics),
+        original.config.epochs,
         differences,
         None if kept is None else kept != weights,
         tuple(_changes(original.environment, environment)),
     )
+
+
+def _same(before: float, now: float | None) -> bool:
+    return now == before or (now is not None and math.isnan(now) and math.isnan(before))
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

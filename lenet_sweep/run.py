@@ -24,7 +24,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -47,7 +46,7 @@ from lenet_sweep import config as configs
 from lenet_sweep import data as datasets
 from lenet_sweep.config import CLASSES, IMAGE_SHAPE, Config, NoTrackingConfig
 from lenet_sweep.engine import EpochMetrics
-from lenet_sweep.errors import LenetSweepError, OutputError, RunFailed
+from lenet_sweep.errors import LenetSweepError, OutputError, RunFailed, TrackingError
 from lenet_sweep.journal import Line
 from lenet_sweep.ledger import Entry, Result
 from lenet_sweep.paths import atomic_path, write_atomic
@@ -60,11 +59,15 @@ _CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Job:
-    """A run's place in a sweep: `number` counts from 1; `total` is None where nobody knows it."""
+    """A run's place in a sweep: `number` counts from 1; `total` is None where nobody knows it.
+
+    `label` says what tells the run from the others, as in "lr=0.1 seed=2".
+    """
 
     sweep_id: str
     number: int
     total: int | None
+    label: str
 
 
 @dataclass
@@ -105,9 +108,9 @@ def run(
     name = _name(overrides) or config.model.name
     with ledger.claim(config_hash, lambda: progress.say(f"{name}: another process trains it; waiting")):
         if job and not config.sweep.rerun:
-            done = tracking.finished(config.tracking, config_hash)
+            done = _finished(config, config_hash)
             if done:
-                progress.say(f"{_label(overrides, job)}: finished before, not trained again")
+                progress.say(f"{_label(job)}: finished before, not trained again")
                 return done
         previous = None if config.sweep.rerun else _interrupted(config, config_hash)
         return _run(config, folder, overrides, _tags(config_hash, job, origin), job, previous)
@@ -140,21 +143,22 @@ def _run(
     _claim(folder, config)
     try:
         trained, device = prepare(config)
+        _introduce(config, device, overrides, job)
+        run_id = _take_over(previous, folder, trained, config_hash) if previous else None
+        _describe_surroundings(folder, device)
+        name = f"{_name(overrides) or config.model.name} #{config_hash[:6]}"
+        tracked = tracking.open_run(config.tracking, folder, name, tags, start_ms, run_id)
     except (LenetSweepError, OSError, RuntimeError) as error:
-        ledger.write_result(folder, Result("FAILED", _reason(error), False, None, config_hash, 0.0, {}))
+        with contextlib.suppress(OSError):  # the error itself may be a full disk
+            ledger.write_result(folder, Result("FAILED", _reason(error), False, None, config_hash, 0.0, {}))
         raise
-    _introduce(config, device, overrides, job)
-    run_id = _take_over(previous, folder, trained, config_hash) if previous else None
-    _describe_surroundings(folder, device)
-    name = f"{_name(overrides) or config.model.name} #{config_hash[:6]}"
-    tracked = tracking.open_run(config.tracking, folder, name, tags, start_ms, run_id)
     # From here on a run that is cut short is found, with its checkpoint, in the new folder.
     ledger.enter(config_hash, Entry(folder, _store(config), tracked.run_id))
     if previous:
         (previous.folder / _CHECKPOINT).unlink(missing_ok=True)
 
     with _recorded(trained, tracked, folder, config_hash) as ends:
-        _train(config, config_hash, trained, folder, tracked, _label(overrides, job))
+        _train(config, config_hash, trained, folder, tracked, _label(job))
         _save(config, trained, folder)
     (result,) = ends
     _last_words(result, trained.last, device, folder, tracked, job)
@@ -198,7 +202,7 @@ def _recorded(
 def _end(result: Result, tracked: tracking.Run, folder: Path) -> None:
     """Write down how the run ended and close it in the store, or remember that this is still to do."""
     try:
-        ledger.mark_unsynced(result.config_hash, folder)
+        ledger.mark_unsynced(folder)
         ledger.write_result(folder, result)
     except OSError as error:
         # A full disk must not hide why the run ended, nor leave it as running in the store.
@@ -208,7 +212,7 @@ def _end(result: Result, tracked: tracking.Run, folder: Path) -> None:
         progress.say(f"not all could be tracked ({problem}); python -m lenet_sweep sync sends the rest later")
         return
     with contextlib.suppress(OSError):
-        ledger.mark_synced(result.config_hash)
+        ledger.mark_synced(folder)
     if result.status == "FINISHED":
         (folder / _CHECKPOINT).unlink(missing_ok=True)
 
@@ -231,7 +235,7 @@ def _train(
     with (
         progress.Watch(config.epochs, label) as watch,
         open(folder / "metrics.jsonl", "w", encoding="utf-8") as journal,
-        _profiler(folder) if config.profile else contextlib.nullcontext(),
+        _profiler(folder, trained.data.train.labels_N.device) if config.profile else contextlib.nullcontext(),
     ):
         for line in trained.lines:
             write_down(line)
@@ -276,6 +280,17 @@ def _is_collapsed(metrics: EpochMetrics) -> bool:
     """Whether the epoch was no better than guessing: a network that is stuck, without any NaN."""
     at_chance = abs(metrics.train_acc - 1 / CLASSES) < 0.02
     return at_chance and abs(metrics.train_loss - math.log(CLASSES)) < 0.02
+
+
+def _finished(config: Config, config_hash: str) -> Result | None:
+    """The result of a finished run of this config in its store; what this folder knows, if that is dead."""
+    try:
+        return tracking.finished(config.tracking, config_hash)
+    except TrackingError as error:
+        log.warning("%s", error)
+    entry = ledger.look_up(config_hash)
+    result = ledger.read_result(entry.folder) if entry and entry.store == _store(config) else None
+    return result if result and result.status == "FINISHED" else None
 
 
 def _interrupted(config: Config, config_hash: str) -> Entry | None:
@@ -361,7 +376,7 @@ def _introduce(config: Config, device: torch.device, overrides: tuple[str, ...],
         return
     if job.number == 1 or any(override.startswith("model") for override in overrides):
         progress.say(table)
-    progress.say(f"{_label(overrides, job)}: training on {devices.describe(device)}")
+    progress.say(f"{_label(job)}: training on {devices.describe(device)}")
 
 
 def _last_words(
@@ -374,7 +389,9 @@ def _last_words(
 ) -> None:
     """The tutorial's two lines, and for a single run where to find it."""
     if result.collapsed:
-        progress.say("collapsed: it guesses (accuracy at chance, loss at ln 10); try a smaller lr")
+        progress.say(
+            "collapsed: it ends no better than guessing (loss ln 10); try another lr, or more epochs"
+        )
     progress.say(
         f"loss {metrics.train_loss:.3f}, train acc {metrics.train_acc:.3f}, test acc {metrics.test_acc:.3f}"
     )
@@ -416,11 +433,11 @@ def _name(overrides: tuple[str, ...]) -> str:
     return " ".join(telling)[:250]
 
 
-def _label(overrides: tuple[str, ...], job: Job | None) -> str:
+def _label(job: Job | None) -> str:
     if job is None:
         return ""
     of_how_many = f"/{job.total}" if job.total else ""
-    return f"[{job.number}{of_how_many}] {_name(overrides)}".rstrip()
+    return f"[{job.number}{of_how_many}] {job.label}".rstrip()
 
 
 def _reason(error: BaseException) -> str:
@@ -434,16 +451,14 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _profiler(folder: Path) -> Iterator[None]:
+def _profiler(folder: Path, device: torch.device) -> Iterator[None]:
     """Record with torch.profiler; leave a trace for https://ui.perfetto.dev and print the totals."""
     with torch.profiler.profile(record_shapes=True) as profile:
         yield
     (folder / "profile").mkdir(exist_ok=True)
     profile.export_chrome_trace(str(folder / "profile" / "trace.json"))
-    order: Literal["cuda_time_total", "cpu_time_total"] = (
-        "cuda_time_total" if torch.cuda.is_available() else "cpu_time_total"
-    )
-    table = profile.key_averages().table(sort_by=f"self_{order}", row_limit=15)
+    order = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
+    table = profile.key_averages().table(sort_by=order, row_limit=15)
     write_atomic(folder / "profile" / "operators.txt", table)
     progress.say(table)
     progress.say(f"trace {folder / 'profile' / 'trace.json'} (open it in https://ui.perfetto.dev)")

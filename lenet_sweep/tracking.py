@@ -6,12 +6,15 @@ number: training goes on, and `deliver` sends what is missing, with its true tim
 run or at any later command. Sending anything twice leaves it there once.
 """
 
+import http.client
 import json
 import logging
 import os
+import queue
 import re
 import socket
 import sqlite3
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -184,6 +187,8 @@ def fetch(
         raise ConfigError(
             f"{name!r}: is neither a folder, nor a config.yaml, nor a run id (hexadecimal digits)"
         )
+    if config.uri.startswith(_SQLITE) and not _database(config.uri).exists():
+        raise ConfigError(f"{name!r}: there are no runs yet in {config.uri}")
     try:
         client = _client(config.uri)
         run_id = _find(client, name)
@@ -205,27 +210,28 @@ def fetch(
 def deliver_all() -> tuple[int, list[str]]:
     """Deliver every ended run that its store has not got in full; return how many, and what went wrong."""
     sent, problems = 0, []
-    for config_hash, folder in ledger.unsynced():
-        if ledger.is_claimed(config_hash):
-            continue  # it has not ended yet
-        if problem := deliver(folder):
-            problems.append(problem)
-        else:
-            ledger.mark_synced(config_hash)
-            sent += 1
+    for folder in ledger.unsynced():
+        result = ledger.read_result(folder)
+        if result is None:
+            continue  # it has not ended, or was killed before it could: it is resumed, not delivered
+        with ledger.claim_if_free(result.config_hash) as free:
+            if not free:
+                continue  # somebody trains it, or delivers it now
+            if problem := deliver(folder, result):
+                problems.append(problem)
+            else:
+                ledger.mark_synced(folder)
+                sent += 1
     return sent, problems
 
 
-def deliver(folder: Path) -> str | None:
+def deliver(folder: Path, result: Result) -> str | None:
     """Send everything that the ended run in `folder` has; return what went wrong, None if nothing did."""
-    result = ledger.read_result(folder)
     try:
         values = json.loads((folder / "tracking.json").read_text(encoding="utf-8"))
         run = _MlflowRun(Registration(**values), folder)
     except (OSError, ValueError, TypeError) as error:
         return f"{folder}: {error}"
-    if result is None:
-        return None  # killed before it could say how it ended: it is resumed, not delivered
     try:
         if run.is_remote():
             _check_server(run.uri)
@@ -268,23 +274,18 @@ class _MlflowRun:
 
     def begin(self) -> None:
         """Create the run, or mark it as running again; note it in the folder either way."""
-        from mlflow.entities import Param
-
         registration = self._registration
         try:
             client = _client(registration.uri)
             self._experiment_id = _experiment(client, registration.experiment, registration.uri)
+            if self.run_id and not _is_there(client, self.run_id):
+                self.run_id = None  # somebody deleted it
             if self.run_id is None:
-                params = configs.flatten(
-                    yaml.safe_load((self._folder / "config.yaml").read_text(encoding="utf-8"))
-                )
                 run = client.create_run(
                     self._experiment_id, registration.start_ms, registration.tags, registration.name
                 )
                 self.run_id = run.info.run_id
-                client.log_batch(
-                    self.run_id, params=[Param(key, str(value)[:_PARAM_LENGTH]) for key, value in params]
-                )
+                self._send_params(client)
                 self._complete = True
             else:
                 # First whose it is, then that it runs, or `end_the_dead` could end it in between.
@@ -329,8 +330,7 @@ class _MlflowRun:
                 if path.is_file() and relative.parts[0] in _ARTIFACTS:
                     parent = relative.parent.as_posix()
                     client.log_artifact(self.run_id, str(path), None if parent == "." else parent)
-            end_ms = int((self._folder / "result.json").stat().st_mtime * 1000)
-            client.set_terminated(self.run_id, result.status, max(end_ms, self._registration.start_ms))
+            client.set_terminated(self.run_id, result.status, self._end_ms())
         except _store_errors() as error:
             return _first_line(error)
         return None
@@ -347,10 +347,11 @@ class _MlflowRun:
         return [*lines, f"{self.uri.rstrip('/')}/{page}"]
 
     def _send_all(self, client: "MlflowClient") -> None:
-        """Send every metric of metrics.jsonl; those that are there already stay as they are."""
+        """Send params and every metric of metrics.jsonl; what is there already stays as it is."""
         from mlflow.entities import Metric
 
         assert self.run_id is not None
+        self._send_params(client)
         points = []
         for line in (self._folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             values = json.loads(line)
@@ -360,10 +361,24 @@ class _MlflowRun:
         for i in range(0, len(points), _BATCH):
             client.log_batch(self.run_id, metrics=points[i : i + _BATCH])
 
+    def _send_params(self, client: "MlflowClient") -> None:
+        from mlflow.entities import Param
+
+        assert self.run_id is not None
+        values = yaml.safe_load((self._folder / "config.yaml").read_text(encoding="utf-8"))
+        params = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in configs.flatten(values)]
+        client.log_batch(self.run_id, params=params)
+
     def _lose(self, error: Exception) -> None:
         log.warning("tracking store out of reach, all is kept in the output folder: %s", _first_line(error))
         self._complete = False
         self._silent_until = time.monotonic() + _RETRY_S
+
+    def _end_ms(self) -> int:
+        """When the run ended; now, if a full disk kept that from being written."""
+        written = self._folder / "result.json"
+        end_ms = int((written.stat().st_mtime if written.exists() else time.time()) * 1000)
+        return max(end_ms, self._registration.start_ms)
 
     def is_remote(self) -> bool:
         return self.uri.startswith(("http://", "https://"))
@@ -428,15 +443,29 @@ def _result(run: "MlflowEntity", config_hash: str) -> Result:
 
 
 def _store_errors() -> tuple[type[Exception], ...]:
-    """What a store raises when it is dead, full, damaged or unwilling."""
+    """What a store raises when it is dead, full, damaged or unwilling (or is sent half a JSON line)."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return MlflowException, SQLAlchemyError, OSError
+    return MlflowException, SQLAlchemyError, OSError, json.JSONDecodeError
+
+
+def _is_there(client: "MlflowClient", run_id: str) -> bool:
+    """Whether the store has this run and it is not deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
 
 
 def _find(client: "MlflowClient", prefix: str) -> str:
     """The one run of all experiments whose id starts so."""
+    if len(prefix) == 32 and _is_there(client, prefix):
+        return prefix
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     found: list[str] = []
     page = None
@@ -504,19 +533,35 @@ def _create_database(database: Path) -> None:
 
 
 def _check_server(uri: str) -> None:
+    """Ask the server for a sign of life, for four seconds at most, however slowly its bytes arrive."""
+    answer: queue.Queue[Exception | None] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=3).close()
+            answer.put(None)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            answer.put(error)
+
+    # A thread, because a socket's time-out starts anew with each byte.
+    threading.Thread(target=ask, daemon=True).start()
     try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=3).close()
-    except urllib.error.HTTPError as error:
-        if error.code not in (401, 403):  # a guarded server; MLflow's client brings the credentials
-            raise TrackingError(
-                f"tracking.uri={uri!r}: what answers there is no MLflow server (HTTP {error.code})"
-            ) from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
+        error = answer.get(timeout=4)
+    except queue.Empty:
+        error = TimeoutError("timed out")
+    if error is None:
+        return
+    if isinstance(error, urllib.error.HTTPError):
+        if error.code in (401, 403):
+            return  # a guarded server; MLflow's client brings the credentials
         raise TrackingError(
-            f"tracking.uri={uri!r}: no MLflow server answers there ({reason}); "
-            "start it, or use tracking=mlflow (a local database) or tracking=none"
+            f"tracking.uri={uri!r}: what answers there is no MLflow server (HTTP {error.code})"
         ) from error
+    reason = getattr(error, "reason", None) or error
+    raise TrackingError(
+        f"tracking.uri={uri!r}: no MLflow server answers there ({reason}); "
+        "start it, or use tracking=mlflow (a local database) or tracking=none"
+    ) from error
 
 
 def _check_database(database: Path) -> None:

@@ -58,7 +58,16 @@ MISTAKES = [
     (["seed=range(0,1,0)", "-m"], ["range"]),
     (["model=glob(none_such*)", "-m"], ["glob(none_such*)"]),
     (["lr=${none_such}"], ["lr", "none_such"]),
+    (["--lr=0.1"], ["--lr=0.1", "without dashes: lr=VALUE"]),
+    (["lr", "0.1"], ["'lr' lacks its value", "lr=VALUE"]),
+    (["lr=" + "9" * 400], ["lr=9", "a number above 0"]),
+    # --- what is a sweep, and is not asked for as one
+    (["sweep.dry_run=true"], ["sweep.dry_run=true", "needs -m"]),
+    (["+experiment=learning_rates"], ["is a sweep", "needs -m"]),
+    (["hydra.sweep.subdir=x", "lr=0.1,0.2", "-m"], ["hydra.sweep.subdir"]),
     # --- where runs are tracked
+    (["tracking.uri='http://['"], ["tracking.uri='http://['", "is no URI"]),
+    (["tracking.uri=postgresql://user:secret@localhost/db"], ["tracking.uri", "would be stored"]),
     (["tracking.uri=file:///tmp/x"], ["tracking.uri='file:///tmp/x'", "sqlite:///, http://"]),
     (["tracking.uri=http://user:secret@localhost"], ["tracking.uri", "MLFLOW_TRACKING_PASSWORD"]),
     (["tracking.uri=http://localhost:port"], ["tracking.uri='http://localhost:port'"]),

@@ -342,3 +342,10 @@ def _replaced(config, path, value, remove=False):
     else:
         holder[name] = value
     return values
+
+
+@pytest.mark.parametrize("text", ["x: &x {y: *x}\n", "a: &a [1, 2]\nb: [*a, *a, *a]\n"])
+def test_stored_config_with_an_alias_is_refused_at_once(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="aliases are not allowed"):
+        configs.load(tmp_path / "config.yaml")

@@ -188,6 +188,12 @@ def test_loss_that_is_not_finite_ends_the_run_with_epoch_and_step(setup, mini):
         )
 
 
+def test_test_loss_that_is_not_finite_ends_the_run(setup, mini, monkeypatch):
+    monkeypatch.setattr(engine, "evaluate", lambda *of: (float("nan"), 0.1))
+    with pytest.raises(RunFailed, match="the test loss became nan after epoch 1"):
+        train(setup, mini, "epochs=1", "lr=0.1")
+
+
 def test_evaluation_is_done_in_eval_mode_without_gradients_and_training_goes_on_in_train_mode(setup, mini):
     seen = []
     _, network, optimizer, schedule = setup("epochs=2")

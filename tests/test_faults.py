@@ -189,6 +189,7 @@ def test_finished_sweep_run_again_trains_nothing_and_shows_all_results(cli, tmp_
     written = journals(tmp_path)
     again = cli(*sweep)
     assert again.returncode == 0, again.stderr
+    assert again.stderr == ""
     assert "9 of 9 runs are finished already" in again.stdout
     assert again.stdout.count("FINISHED (") == 9
     assert journals(tmp_path) == written
@@ -296,6 +297,53 @@ def test_server_that_dies_in_the_middle_gets_everything_once_it_is_back(start, c
         "plots/curves.png",
     ]
     assert "0 runs sent" in cli("sync").stdout
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_server_that_dies_in_a_sweep_stops_no_later_job(start, cli, tmp_path, server):
+    begin, uri = server
+    running = begin()
+    process = start(*MINI, "epochs=20", "seed=0,1,2", "tracking=server", f"tracking.uri={uri}", "-m")
+    wait_for(lambda: epochs_written(tmp_path) >= 2)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert process.wait(120) == 0, process.output.read_text()
+    assert process.output.read_text().count("FINISHED") == 3
+    begin()
+    assert "3 runs sent in full" in cli("sync").stdout
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("lenet_sweep").experiment_id])
+    assert sorted((run.data.params["seed"], run.info.status) for run in runs) == [
+        (seed, "FINISHED") for seed in "012"
+    ]
+    for run in runs:
+        assert len(client.get_metric_history(run.info.run_id, "test/acc")) == 20
+
+
+def test_listener_that_goes_away_does_not_end_the_run(tmp_path, data_root):
+    # `| head` closes the pipe after a few lines; the run must not care.
+    command = [sys.executable, "-m", "lenet_sweep", *MINI, "epochs=3", "tracking=none"]
+    environment = os.environ | {"LENET_SWEEP_DATA": str(data_root), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(60) == 0
+    ((_, text),) = journals(tmp_path).items()
+    assert text.count("\n") == 3
+
+
+def test_runs_of_one_config_in_two_stores_are_both_remembered_until_they_are_sent(tmp_path, monkeypatch):
+    from lenet_sweep import ledger
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        ledger.mark_unsynced(tmp_path / name)
+    assert sorted(folder.name for folder in ledger.unsynced()) == ["one", "two"]
+    ledger.mark_synced(tmp_path / "one")
+    assert [folder.name for folder in ledger.unsynced()] == ["two"]
 
 
 def test_clock_set_back_leaves_times_in_order(monkeypatch):

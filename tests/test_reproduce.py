@@ -116,8 +116,8 @@ def test_run_that_was_cut_short_is_compared_as_far_as_it_went(cli, trained):
     (folder / "model" / "weights.safetensors").unlink()
     done = cli("reproduce", str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "identical, bit for bit: every metric of 1 epochs" in done.stdout
-    assert "compared as far as it went" in done.stdout
+    assert "identical, bit for bit: every metric of 1 epoch\n" in done.stdout
+    assert "the original went as far as epoch 1 of 2" in done.stdout
 
 
 def test_override_makes_a_variant_that_is_tagged_with_its_origin(cli, trained, tmp_path):
@@ -184,12 +184,51 @@ def test_weights_that_are_a_pickle_are_refused_unopened(cli, trained, tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
+def test_id_that_no_run_has_is_named(cli, trained):
+    done = cli("reproduce", "0123456789abcdef")
+    assert done.returncode == 2
+    assert "no run has an id that starts with '0123456789abcdef'" in done.stderr
+
+
+def test_value_that_only_the_originals_choices_have_can_be_varied(make_config, cli, tmp_path):
+    runs.run(make_config(*MINI, "epochs=1", "optimizer=adam", "tracking=none"), tmp_path / "adam")
+    done = cli("reproduce", "adam", "optimizer.eps=0.001", "tracking=none")
+    assert done.returncode == 0, done.stderr
+    (variant,) = (tmp_path / "outputs" / "runs").iterdir()
+    kept = yaml.safe_load((variant / "config.yaml").read_text())["optimizer"]
+    assert (kept["name"], kept["eps"]) == ("adam", 0.001)
+
+
+def test_run_of_a_device_that_is_not_here_is_compared_on_another(cli, trained):
+    _, folder = trained
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("device: auto", "device: cuda:7"))
+    done = cli("reproduce", str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "training on another device, where equal bits are not to be expected" in done.stdout
+
+
+@pytest.mark.parametrize("threads", [-1, 10**9, True, "many"])
+def test_absurd_number_of_threads_in_a_stored_environment_is_not_used(cli, trained, threads):
+    _, folder = trained
+    environment = json.loads((folder / "environment.json").read_text())
+    (folder / "environment.json").write_text(json.dumps(environment | {"threads": threads}))
+    assert cli("reproduce", str(folder)).returncode == 0
+
+
+@pytest.mark.parametrize("change", ["+debug=fast", "hydra.run.dir=x", "lrr=0.1"])
+def test_variant_of_something_that_no_config_has_is_refused(cli, trained, change):
+    done = cli("reproduce", trained[0], change)
+    assert done.returncode == 2
+    assert "is not a key of the config" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
         ("nowhere", "neither a folder, nor a config.yaml, nor a run id"),
-        ("0123456789abcdef", "no run has an id that starts with"),
-        ("nowhere/config.yaml", "cannot be read"),
+        ("0123456789abcdef", "there are no runs yet in sqlite:///mlruns/mlflow.db"),
+        ("nowhere/config.yaml", "holds no run"),
     ],
 )
 def test_run_that_is_not_there_is_named(cli, name, complaint):

@@ -241,6 +241,38 @@ def test_training_goes_on_when_the_server_dies_and_sends_everything_when_it_is_b
     ]
 
 
+def test_run_that_was_deleted_in_the_store_is_made_anew_with_all_its_numbers(
+    make_config, uri, tmp_path, monkeypatch
+):
+    config = make_config(*MINI, uri, "seed=77")
+    train = engine.train
+
+    def interrupted(*arguments, **options):
+        yield next(train(*arguments, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(config, tmp_path / "first")
+    monkeypatch.setattr(engine, "train", train)
+    old = ledger.read_result(tmp_path / "first").run_id
+    client(config).delete_run(old)
+    new = runs.run(config, tmp_path / "second").run_id
+    assert new != old
+    assert [m.step for m in client(config).get_metric_history(new, "test/acc")] == [1, 2]
+    assert client(config).get_run(new).data.params["seed"] == "77"
+
+
+def test_full_disk_at_the_end_leaves_no_run_as_running(make_config, uri, tmp_path, monkeypatch):
+    def full(folder, result):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ledger, "write_result", full)
+    config = make_config(*MINI, uri, "seed=78")
+    result = runs.run(config, tmp_path / "run")
+    assert client(config).get_run(result.run_id).info.status == "FINISHED"
+
+
 def test_folder_that_holds_a_run_is_refused_and_left_alone(finished, tmp_path):
     config, folder, _ = finished
     before = (folder / "metrics.jsonl").read_bytes()
@@ -287,7 +319,7 @@ def test_network_stuck_at_chance_is_tagged_and_said_to_be_collapsed(make_config,
     config = make_config(*MINI, uri, "data.train_size=null")
     result = runs.run(config, tmp_path / "run")
     assert result.collapsed
-    assert "collapsed: it guesses" in capsys.readouterr().out
+    assert "collapsed: it ends no better than guessing" in capsys.readouterr().out
     assert client(config).get_run(result.run_id).data.tags["collapsed"] == "true"
 
 

@@ -1,6 +1,7 @@
 """The jobs of a sweep, one after the other in this process."""
 
 import copy
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,30 @@ def launch(
     assert plan is not None, "the sweeper leaves a plan"
     returns = []
     for number, overrides in enumerate(job_overrides, start=initial_job_idx):
-        done = run_job(
-            task_function=task_function,
-            config=_job_config(config, list(overrides), plan["jobs"][number]["config"], number),
-            job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir",
-            hydra_context=hydra_context,
-        )
+        try:
+            done = run_job(
+                task_function=task_function,
+                config=_job_config(config, list(overrides), plan["jobs"][number]["config"], number),
+                job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir",
+                hydra_context=hydra_context,
+            )
+        except OSError as error:  # the job's folder could not be made
+            done = JobReturn(status=JobStatus.FAILED, overrides=overrides)
+            done.return_value = error
+        _release(done)
         returns.append(done)
         if done.status == JobStatus.FAILED and config.sweep.fail_fast:
             break
     return returns
+
+
+def _release(done: JobReturn) -> None:
+    """Let go of the tensors that a failed job's traceback holds: the next job needs their memory."""
+    error = done._return_value if done.status == JobStatus.FAILED else None
+    while isinstance(error, BaseException):
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__
 
 
 def _job_config(master: DictConfig, overrides: list[str], values: dict[str, Any], number: int) -> DictConfig:

@@ -15,10 +15,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from lenet_sweep import config as configs
-from lenet_sweep import ledger, plan, preflight, tracking
+from lenet_sweep import ledger, plan, preflight, progress, report, tracking
 from lenet_sweep.cli import to_config
 from lenet_sweep.config import Config
-from lenet_sweep.errors import OutputError, RunFailed
+from lenet_sweep.errors import ConfigError, OutputError, RunFailed
+from lenet_sweep.ledger import Result
 from lenet_sweep.paths import write_atomic
 from lenet_sweep.plan import Planned
 
@@ -36,6 +37,10 @@ def sweep(
     """
     composer = _Composer(hydra_context, config)
     configured = [(tuple(job), composer.compose(job)) for job in composer.expand(arguments)]
+    if not configured:
+        raise ConfigError(f"{' '.join(arguments)}: spans not a single run")
+    if config.hydra.sweep._get_node("subdir")._value() != "${hydra.job.num}":
+        raise ConfigError("hydra.sweep.subdir: is fixed, so that no two runs of a sweep share a folder")
     sweep_config = configured[0][1].sweep
     if sweep_config.dry_run:
         _print_plan(plan.make(configured))
@@ -57,7 +62,7 @@ def sweep(
             returns.append(list(launcher.launch([list(job.overrides) for job in missing], initial_job_idx=0)))
     finally:
         # Also after Ctrl-C, or when the launcher itself broke.
-        _report(planned, missing, folder)
+        _report(planned, missing, folder, returns)
     return returns
 
 
@@ -102,9 +107,17 @@ class _Composer:
 
 def _claim(folder: Path, jobs: list[Planned], config: DictConfig) -> None:
     """Make `folder` this sweep's own by creating its plan, which no other sweep may have."""
+    varied = report.varied_keys([job.overrides for job in jobs])
     values = {
         "command": shlex.join(["python", "-m", "lenet_sweep", *sys.argv[1:]]),
-        "jobs": [{"overrides": job.overrides, "config": configs.to_dict(job.config)} for job in jobs],
+        "jobs": [
+            {
+                "label": report.label(job.overrides, varied),
+                "overrides": job.overrides,
+                "config": configs.to_dict(job.config),
+            }
+            for job in jobs
+        ],
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,8 +131,9 @@ def _claim(folder: Path, jobs: list[Planned], config: DictConfig) -> None:
 
 
 def _print_plan(planned: list[Planned]) -> None:
+    varied = report.varied_keys([job.overrides for job in planned])
     for number, job in enumerate(planned, start=1):
-        print(f"[{number}/{len(planned)}] {' '.join(job.overrides)}: {job.action} ({job.why})")
+        print(f"[{number}/{len(planned)}] {report.label(job.overrides, varied)}: {job.action} ({job.why})")
     counts = {action: sum(job.action == action for job in planned) for action in ("train", "resume", "skip")}
     print(
         f"{counts['train']} runs would be trained, {counts['resume']} resumed, {counts['skip']} skipped; "
@@ -127,22 +141,31 @@ def _print_plan(planned: list[Planned]) -> None:
     )
 
 
-def _report(planned: list[Planned], launched: list[Planned], folder: Path) -> None:
+def _returned(ended: JobReturn | None, job: Planned) -> Result | None:
+    """What a job gave back that left nothing in its folder: another's result, or why it has no folder."""
+    value = ended._return_value if ended else None
+    if isinstance(value, Exception):
+        return Result("FAILED", str(value), False, None, job.config_hash, 0.0, {})
+    return value if isinstance(value, Result) else None
+
+
+def _report(
+    planned: list[Planned], launched: list[Planned], folder: Path, returns: list[list[JobReturn]]
+) -> None:
     """Print every run's result and where everything is.
 
     Raises:
         RunFailed: if any run failed.
     """
-    from lenet_sweep import progress, report
-
     rows = []
     for job in planned:
         if job.action == "skip":
             rows.append(report.Row(job.overrides, None, job.result))
             continue
         job_folder = folder / str(launched.index(job))
-        # A job that another process finished meanwhile has left nothing here.
-        result = ledger.read_result(job_folder) or tracking.finished(job.config.tracking, job.config_hash)
+        number = launched.index(job)
+        ended = returns[0][number] if returns and number < len(returns[0]) else None
+        result = ledger.read_result(job_folder) or _returned(ended, job)
         rows.append(report.Row(job.overrides, job_folder, result))
     screen = progress.console()
     screen.print(report.sweep_table(rows))
