@@ -78,7 +78,7 @@ class Watch:
     def point(self, point: "CurvePoint") -> None:
         """A fifth of an epoch is done."""
         if self._bar:
-            numbers = f"train loss {point.train_loss:.3f}  train acc {point.train_acc:.3f}  {self._numbers}"
+            numbers = f"loss {point.train_loss:.3f}  acc {point.train_acc:.3f}  {self._numbers}"
             self._bar.update(self._task, completed=point.epoch, numbers=numbers)
 
     def epoch(self, metrics: "EpochMetrics") -> None:
@@ -89,7 +89,7 @@ class Watch:
             return
         log.info("%s", line)
         self._numbers = f"test acc {metrics.test_acc:.3f}  {metrics.examples_per_s:,.0f} examples/s"
-        numbers = f"train loss {metrics.train_loss:.3f}  train acc {metrics.train_acc:.3f}  {self._numbers}"
+        numbers = f"loss {metrics.train_loss:.3f}  acc {metrics.train_acc:.3f}  {self._numbers}"
         coming = min(metrics.epoch + 1, self._epochs)
         self._bar.update(
             self._task, completed=metrics.epoch, epoch=f"epoch {coming}/{self._epochs}", numbers=numbers
