@@ -139,6 +139,7 @@ def finished(config: MlflowConfig | NoTrackingConfig, config_hash: str) -> Resul
             [experiment.experiment_id],
             f"attributes.status = 'FINISHED' and tags.config_hash = '{config_hash}'",
             max_results=1,
+            order_by=["attributes.start_time DESC"],
         )
     except _store_errors() as error:
         raise TrackingError(f"tracking.uri={config.uri!r}: {_first_line(error)}") from error

