@@ -287,7 +287,8 @@ class _MlflowRun:
                 )
                 self.run_id = run.info.run_id
                 self._send_params(client)
-                self._complete = True
+                # A run that could only be created after its training has metrics that are still to be sent.
+                self._complete = not (self._folder / "metrics.jsonl").exists()
             else:
                 # First whose it is, then that it runs, or `end_the_dead` could end it in between.
                 for key, value in registration.tags.items():
