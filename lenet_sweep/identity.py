@@ -78,6 +78,7 @@ def git() -> Git:
     return Git(_git("rev-parse", "HEAD"), bool(_git("status", "--porcelain", "--untracked-files=no", ":/")))
 
 
+@functools.cache
 def uncommitted_diff() -> str | None:
     """What the code's checkout has on top of its commit, as a diff; None if that is nothing.
 
@@ -85,7 +86,9 @@ def uncommitted_diff() -> str | None:
     """
     if not git().dirty:
         return None
-    diff = _git("diff", "HEAD", "--", ":/") or ""
+    diff = _git("diff", "HEAD", "--", ":/")
+    if not diff:
+        return None
     if len(diff) > _DIFF_LENGTH:
         return f"{diff[:_DIFF_LENGTH]}\n[cut here: the whole diff has {len(diff)} characters]\n"
     return f"{diff}\n"

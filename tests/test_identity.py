@@ -95,3 +95,48 @@ def test_line_ends_of_a_checkout_do_not_change_the_hash(monkeypatch, tmp_path):
     monkeypatch.undo()
     identity.code_version.cache_clear()
     assert found == expected
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout with one commit, in place of the package's own."""
+    (tmp_path / "__init__.py").write_text("first\n")
+    for command in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"],
+    ):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(identity, "PACKAGE", tmp_path)
+    for cached in (identity.git, identity.uncommitted_diff):
+        cached.cache_clear()
+    yield tmp_path
+    for cached in (identity.git, identity.uncommitted_diff):
+        cached.cache_clear()
+
+
+def test_clean_checkout_has_a_commit_and_no_diff(checkout):
+    assert len(identity.git().commit) == 40
+    assert not identity.git().dirty
+    assert identity.uncommitted_diff() is None
+
+
+def test_uncommitted_change_is_kept_as_a_diff_whatever_its_bytes(checkout):
+    (checkout / "__init__.py").write_bytes(b"second \xe9\n")
+    assert identity.git().dirty
+    assert "-first\n+second " in identity.uncommitted_diff()
+
+
+def test_huge_diff_is_cut_with_a_note(checkout):
+    (checkout / "__init__.py").write_text("x" * 300_000)
+    kept = identity.uncommitted_diff()
+    assert len(kept) < 263_000
+    assert "[cut here: the whole diff has 300" in kept
+
+
+def test_folder_that_is_no_checkout_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(identity, "PACKAGE", tmp_path)
+    identity.git.cache_clear()
+    found = identity.git()
+    identity.git.cache_clear()
+    assert found == identity.Git(None, False)
