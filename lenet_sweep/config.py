@@ -217,7 +217,7 @@ class Config:
     batch_size: Positive
     seed: Annotated[int, Range(0, 2**53)]  # exact in every JSON and YAML reader
     device: Device
-    backend: Literal["auto", "torch"]
+    backend: Literal["auto", "torch", "native"]
     threads: Annotated[int, Range(1, 1024)] | Literal["auto"]
     target_loss: Annotated[float, Range(0, 1000, above=True)] | None
     profile: bool
@@ -231,6 +231,12 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_device(self.device)
+        if self.backend == "native" and self.device not in ("auto", "cpu"):
+            raise ConfigError(
+                f"backend='native': is for CPUs, not for device={self.device}; use backend=auto"
+            )
+        if self.backend == "native" and self.precision.amp:
+            raise ConfigError("backend='native': has float32 only, so precision.amp=true needs backend=torch")
         try:
             shapes.layers(self.model, IMAGE_SHAPE, CLASSES)
         except shapes.ShapeError as error:

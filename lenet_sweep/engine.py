@@ -1,7 +1,8 @@
 """The training loop: one gradient step, one epoch, one pass over held-out examples.
 
 `train` yields an `EpochMetrics` after every epoch and does nothing else: watching, tracking,
-saving and stopping early are done by whoever consumes it (`run`).
+saving and stopping early are done by whoever consumes it (`run`). Gradients come from a `Step`:
+`Autograd` defines it, `native.Native` is the same for CPUs, faster.
 
 Shape suffixes: N examples, C channels, H height, W width, K classes.
 """
@@ -11,13 +12,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lenet_sweep.compiler import Unavailable
+from lenet_sweep.config import Config
 from lenet_sweep.data import Data, Split, scaled
-from lenet_sweep.errors import RunFailed
+from lenet_sweep.errors import DeviceError, RunFailed
+from lenet_sweep.native import Native
 from lenet_sweep.randomness import generator
 
 CURVE_POINTS = 5  # points of the training curves in an epoch, as in the tutorial
@@ -49,8 +54,83 @@ class EpochMetrics:
     curve: tuple[CurvePoint, ...]
 
 
+class Step(Protocol):
+    """Gradients and evaluation of one network; totals are [sum of losses, number right], on the device."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def network(self) -> nn.Sequential: ...
+    def gradients(self, examples: Split, indices_N: Tensor) -> Tensor: ...
+    def totals(self, examples: Split) -> Tensor: ...
+    def predict(self, examples: Split) -> Tensor: ...
+
+
+class Autograd:
+    """The step as torch does it, on any device."""
+
+    name = "torch"
+
+    def __init__(self, network: nn.Sequential, amp: bool = False) -> None:
+        self.network = network
+        self._amp = amp
+
+    def gradients(self, examples: Split, indices_N: Tensor) -> Tensor:
+        """Put the mean loss's gradients into `.grad`; return [sum of losses, number right]."""
+        batch = examples.take(indices_N)
+        logits_NK = forward(self.network, batch.images_NCHW, self._amp)
+        loss = F.cross_entropy(logits_NK, batch.labels_N)
+        self.network.zero_grad()
+        loss.backward()
+        return _totals(loss, logits_NK, batch.labels_N)
+
+    @torch.no_grad()
+    def totals(self, examples: Split) -> Tensor:
+        """[sum of losses, number right] over all examples, in eval mode."""
+        self.network.eval()
+        device = examples.labels_N.device
+        totals = torch.zeros(2, dtype=_total_dtype(device), device=device)
+        for images_NCHW, labels_N in _batches(examples):
+            logits_NK = forward(self.network, images_NCHW, self._amp)
+            totals += _totals(F.cross_entropy(logits_NK, labels_N), logits_NK, labels_N)
+        self.network.train()
+        return totals
+
+    @torch.no_grad()
+    def predict(self, examples: Split) -> Tensor:
+        """The likeliest class of each example, int64 of shape (N,)."""
+        self.network.eval()
+        classes = [forward(self.network, images, self._amp).argmax(1) for images, _ in _batches(examples)]
+        self.network.train()
+        return torch.cat(classes)
+
+
+def choose_step(config: Config, network: nn.Sequential, device: torch.device) -> tuple[Step, str | None]:
+    """The step that `config.backend` asks for, and, where auto could not have the fast one, why not.
+
+    Raises:
+        DeviceError: if the native step is asked for by name and cannot be had.
+    """
+    if config.backend == "torch" or (config.backend == "auto" and _wants_torch(config, device)):
+        return Autograd(network, config.precision.amp), None
+    try:
+        if device.type != "cpu":
+            raise Unavailable(f"it is for CPUs, and this run is on {device}")
+        return Native(network, config.model, torch.get_num_threads()), None
+    except Unavailable as error:
+        if config.backend == "native":
+            raise DeviceError(f"backend=native: {error}") from error
+        return Autograd(
+            network, config.precision.amp
+        ), f"no native step, so torch's, which is slower: {error}"
+
+
+def _wants_torch(config: Config, device: torch.device) -> bool:
+    return device.type != "cpu" or config.precision.amp
+
+
 def train(
-    network: nn.Module,
+    step: Step,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     data: Data,
@@ -59,10 +139,9 @@ def train(
     batch_size: int,
     seed: int,
     first_epoch: int = 1,
-    amp: bool = False,
     on_point: Callable[[CurvePoint], None] | None = None,
 ) -> Iterator[EpochMetrics]:
-    """Train `network` in place, yielding once an epoch; all tensors stay on the data's device.
+    """Train the step's network in place, yielding once an epoch; all tensors stay on the data's device.
 
     The order of examples is a fresh permutation each epoch, drawn on the CPU from `seed` and the
     epoch's number, so it is the same on every device; so a run restored to the state after epoch e
@@ -77,25 +156,25 @@ def train(
 
     for epoch in range(first_epoch, epochs + 1):
         started = time.perf_counter()
-        network.train()
         order_N = torch.randperm(len(data.train), generator=generator(seed, f"order/{epoch}")).to(device)
         totals = torch.zeros(2, dtype=_total_dtype(device), device=device)
         seen, curve = 0, []
-        for step, indices_N in enumerate(order_N.split(batch_size), start=1):
-            totals += gradient_step(network, optimizer, data.train.take(indices_N), amp)
+        for number, indices_N in enumerate(order_N.split(batch_size), start=1):
+            totals += step.gradients(data.train, indices_N)
+            optimizer.step()
             seen += len(indices_N)
-            if step in points:
+            if number in points:
                 loss, accuracy = (totals / seen).tolist()  # host-device sync: five an epoch
                 if not math.isfinite(loss):
-                    raise RunFailed(f"the loss became {loss} in epoch {epoch}, by step {step} of {steps}")
-                curve.append(CurvePoint(epoch - 1 + step / steps, loss, accuracy))
+                    raise RunFailed(f"the loss became {loss} in epoch {epoch}, by step {number} of {steps}")
+                curve.append(CurvePoint(epoch - 1 + number / steps, loss, accuracy))
                 if on_point:
                     on_point(curve[-1])
         trained = time.perf_counter()
         schedule.step()
 
-        test_loss, test_acc = evaluate(network, data.test, amp)
-        val_loss, val_acc = evaluate(network, data.val, amp) if data.val else (None, None)
+        test_loss, test_acc = evaluate(step, data.test)
+        val_loss, val_acc = evaluate(step, data.val) if data.val else (None, None)
         if not math.isfinite(test_loss):
             raise RunFailed(f"the test loss became {test_loss} after epoch {epoch}")
         yield EpochMetrics(
@@ -112,39 +191,10 @@ def train(
         )
 
 
-def gradient_step(
-    network: nn.Module, optimizer: torch.optim.Optimizer, batch: Split, amp: bool = False
-) -> Tensor:
-    """Take one step on `batch`; return [sum of its losses, number right], still on the device."""
-    logits_NK = forward(network, batch.images_NCHW, amp)
-    loss = F.cross_entropy(logits_NK, batch.labels_N)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return _totals(loss, logits_NK, batch.labels_N)
-
-
-@torch.no_grad()
-def evaluate(network: nn.Module, split: Split, amp: bool = False) -> tuple[float, float]:
-    """Mean loss and accuracy over `split`, in eval mode, on the device that it is on."""
-    network.eval()
-    device = split.labels_N.device
-    totals = torch.zeros(2, dtype=_total_dtype(device), device=device)
-    batches = zip(
-        split.images_NCHW.split(EVALUATION_BATCH), split.labels_N.split(EVALUATION_BATCH), strict=True
-    )
-    for images_NCHW, labels_N in batches:
-        logits_NK = forward(network, images_NCHW, amp)
-        totals += _totals(F.cross_entropy(logits_NK, labels_N), logits_NK, labels_N)
-    loss, accuracy = (totals / len(split)).tolist()  # host-device sync: one a pass
+def evaluate(step: Step, examples: Split) -> tuple[float, float]:
+    """Mean loss and accuracy over `examples`."""
+    loss, accuracy = (step.totals(examples) / len(examples)).tolist()  # host-device sync: one a pass
     return loss, accuracy
-
-
-@torch.no_grad()
-def predict(network: nn.Module, images_NCHW: Tensor, amp: bool = False) -> Tensor:
-    """The likeliest class of each uint8 image, int64 of shape (N,)."""
-    network.eval()
-    return torch.cat([forward(network, b, amp).argmax(1) for b in images_NCHW.split(EVALUATION_BATCH)])
 
 
 def forward(network: nn.Module, images_NCHW: Tensor, amp: bool = False) -> Tensor:
@@ -152,6 +202,11 @@ def forward(network: nn.Module, images_NCHW: Tensor, amp: bool = False) -> Tenso
     with torch.autocast(images_NCHW.device.type, torch.bfloat16) if amp else nullcontext():
         logits_NK: Tensor = network(scaled(images_NCHW))
     return logits_NK.float()
+
+
+def _batches(examples: Split) -> Iterator[tuple[Tensor, Tensor]]:
+    images, labels = examples.images_NCHW, examples.labels_N
+    return zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
 
 
 def _totals(loss: Tensor, logits_NK: Tensor, labels_N: Tensor) -> Tensor:

@@ -15,8 +15,19 @@ from lenet_sweep import config as configs
 from lenet_sweep.config import Config
 from lenet_sweep.paths import PACKAGE
 
-# Modules whose text can change a number. Editing any other one leaves every hash as it is.
-RESULT_MODULES = ("data", "devices", "engine", "model", "optim", "randomness", "shapes")
+# Files whose text can change a number. Editing any other one leaves every hash as it is.
+RESULT_SOURCES = (
+    "compiler.py",
+    "data.py",
+    "devices.py",
+    "engine.py",
+    "model.py",
+    "native.cpp",
+    "native.py",
+    "optim.py",
+    "randomness.py",
+    "shapes.py",
+)
 
 # Fields that cannot change a number: where things lie, what is watched, and mere labels.
 RESULT_FREE = ("data.root", "model.name", "profile", "sweep", "tracking")
@@ -61,11 +72,11 @@ def config_hash(config: Config) -> str:
 
 @functools.cache
 def code_version() -> str:
-    """SHA-256 over the source of the modules that can change a number, line ends normalised."""
+    """SHA-256 over the sources that can change a number, line ends normalised."""
     digest = hashlib.sha256()
-    for module in RESULT_MODULES:
-        source = (PACKAGE / f"{module}.py").read_bytes().replace(b"\r\n", b"\n")
-        digest.update(f"{module} {len(source)}\n".encode() + source)
+    for name in RESULT_SOURCES:
+        source = (PACKAGE / name).read_bytes().replace(b"\r\n", b"\n")
+        digest.update(f"{name} {len(source)}\n".encode() + source)
     return digest.hexdigest()
 
 
@@ -94,8 +105,8 @@ def uncommitted_diff() -> str | None:
     return f"{diff}\n"
 
 
-def environment(device: str, threads: int) -> dict[str, Any]:
-    """Where a run took place, for `environment.json`. `device` is the device in words."""
+def environment(device: str, threads: int, backend: str) -> dict[str, Any]:
+    """Where a run took place, for `environment.json`. `device` is in words, `backend` torch or native."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -104,6 +115,7 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "device": device,
         "threads": threads,
+        "backend": backend,
         "code_version": code_version(),
         "git_commit": git().commit,
         "git_dirty": git().dirty,

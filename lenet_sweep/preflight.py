@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from lenet_sweep import sources, tracking
+from lenet_sweep import compiler, sources, tracking
 from lenet_sweep.config import Config, MlflowConfig, NoTrackingConfig
 from lenet_sweep.paths import check_writable
 
@@ -22,6 +22,7 @@ def check(configs: Iterable[Config], folder: Path, say: Callable[[str], None]) -
     stores = {config.tracking for config in configs}
     for store in stores:
         tracking.check(store)
+    _compile_ahead(configs[0])
     for name in sorted({config.device for config in configs} - {"auto", "cpu"}):
         from lenet_sweep import devices  # imports torch: only for a device that may be missing
 
@@ -30,6 +31,13 @@ def check(configs: Iterable[Config], folder: Path, say: Callable[[str], None]) -
         sources.ensure(name, Path(root), say)
     for store in stores:
         recover(store, say)
+
+
+def _compile_ahead(config: Config) -> None:
+    """The first run's step compiles while torch is imported; a GPU, where there is one, needs none."""
+    on_cpu = config.device == "cpu" or (config.device == "auto" and not Path("/dev/nvidiactl").exists())
+    if on_cpu and config.backend != "torch" and not config.precision.amp:
+        compiler.compile_ahead(config.model)
 
 
 def recover(store: MlflowConfig | NoTrackingConfig, say: Callable[[str], None]) -> None:

@@ -26,7 +26,7 @@ from lenet_sweep.errors import ConfigError, DataError, DeviceError
 _FILES = ("config.yaml", "metrics.jsonl", "environment.json", "model/weights.safetensors")
 
 # Surroundings that decide bits; a commit's name does not.
-_DECISIVE = ("python", "cpu", "device", "threads", "packages torch", "packages numpy")
+_DECISIVE = ("python", "cpu", "device", "threads", "backend", "packages torch", "packages numpy")
 
 Metrics = dict[int, dict[str, float]]  # epoch -> name -> value, all but speed
 
@@ -141,24 +141,26 @@ def again(original: Original, data_root: str) -> Verdict:
     metrics: Metrics = {}
     with progress.Watch(last_epoch, "") as watch:
         for epoch in engine.train(
-            trained.network,
+            trained.step,
             trained.optimizer,
             trained.schedule,
             trained.data,
             epochs=last_epoch,
             batch_size=config.batch_size,
             seed=config.seed,
-            amp=config.precision.amp,
             on_point=watch.point,
         ):
             watch.epoch(epoch)
             metrics |= _exact({epoch.epoch: journal.Line(epoch, 0).named()})
     weights = checkpoint.digest(trained.network.state_dict())
-    return _compare(original, metrics, weights, identity.environment(*devices.facts(device)))
+    return _compare(
+        original, metrics, weights, identity.environment(*devices.facts(device), trained.step.name)
+    )
 
 
 def _for_here(original: Original, data_root: str) -> Config:
-    """The original's config with this machine's folder of datasets, its device if there is one, its threads.
+    """The original's config with this machine's folder of datasets, its device if there is one, its threads,
+    and its kind of step if that can be had (runs from before there was a choice took torch's).
 
     A stored config may come from anywhere: the paths and the store in it are never used.
     """
@@ -168,6 +170,8 @@ def _for_here(original: Original, data_root: str) -> Config:
     threads = original.environment.get("threads")
     if type(threads) is int and 1 <= threads <= 1024:  # True is an int to isinstance
         config = dataclasses.replace(config, threads=threads)
+    native = original.environment.get("backend") == "native"
+    config = dataclasses.replace(config, backend="auto" if native else "torch")
     try:
         devices.resolve(config.device)
     except DeviceError as error:

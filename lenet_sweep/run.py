@@ -75,10 +75,14 @@ class Trained:
     """What training works on, and what it has reached."""
 
     data: datasets.Data
-    network: nn.Sequential
+    step: engine.Step
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     lines: list[Line]
+
+    @property
+    def network(self) -> nn.Sequential:
+        return self.step.network
 
     @property
     def last(self) -> EpochMetrics:
@@ -126,9 +130,12 @@ def prepare(config: Config) -> tuple[Trained, torch.device]:
     devices.set_arithmetic(config.threads, config.precision)
     data = datasets.load(config.data, config.seed, device, progress.say)
     network = model.build(config.model, generator(config.seed, "init")).to(device)
+    step, why_slow = engine.choose_step(config, network, device)
+    if why_slow:
+        progress.say(why_slow)
     optimizer = optim.optimizer(config.optimizer, network.parameters())
     schedule = optim.schedule(config.schedule, optimizer, config.epochs)
-    return Trained(data, network, optimizer, schedule, []), device
+    return Trained(data, step, optimizer, schedule, []), device
 
 
 def _run(
@@ -143,9 +150,9 @@ def _run(
     _claim(folder, config)
     try:
         trained, device = prepare(config)
-        _introduce(config, device, overrides, job)
+        _introduce(config, device, trained.step, overrides, job)
         run_id = _take_over(previous, folder, trained, config_hash) if previous else None
-        _describe_surroundings(folder, device)
+        _describe_surroundings(folder, device, trained.step)
         name = f"{_name(overrides) or config.model.name} #{config_hash[:6]}"
         tracked = tracking.open_run(config.tracking, folder, name, tags, start_ms, run_id)
     except (LenetSweepError, OSError, RuntimeError) as error:
@@ -242,7 +249,7 @@ def _train(
         if _is_done(config, trained):
             return
         for metrics in engine.train(
-            trained.network,
+            trained.step,
             trained.optimizer,
             trained.schedule,
             trained.data,
@@ -250,7 +257,6 @@ def _train(
             batch_size=config.batch_size,
             seed=config.seed,
             first_epoch=len(trained.lines) + 1,
-            amp=config.precision.amp,
             on_point=watch.point,
         ):
             trained.lines.append(Line(metrics, _now_ms(trained.lines)))
@@ -339,7 +345,7 @@ def _save(config: Config, trained: Trained, folder: Path) -> None:
         save_file({name: tensor.cpu() for name, tensor in network.state_dict().items()}, temporary)
     title = f"{config.model.name}, {config.optimizer.name}, lr {config.optimizer.lr:g}"
     plots.curves([line.metrics for line in trained.lines], title, folder / "plots" / "curves.png")
-    predicted_N = engine.predict(network, data.test.images_NCHW, config.precision.amp)
+    predicted_N = trained.step.predict(data.test)
     counts = torch.bincount(data.test.labels_N * CLASSES + predicted_N, minlength=CLASSES**2)
     plots.confusion_matrix(
         counts.reshape(CLASSES, CLASSES).tolist(),
@@ -360,23 +366,25 @@ def _claim(folder: Path, config: Config) -> None:
         raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error
 
 
-def _describe_surroundings(folder: Path, device: torch.device) -> None:
-    environment = identity.environment(*devices.facts(device))
+def _describe_surroundings(folder: Path, device: torch.device, step: engine.Step) -> None:
+    environment = identity.environment(*devices.facts(device), step.name)
     write_atomic(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     if diff := identity.uncommitted_diff():
         write_atomic(folder / "uncommitted.diff", diff)
 
 
-def _introduce(config: Config, device: torch.device, overrides: tuple[str, ...], job: Job | None) -> None:
+def _introduce(
+    config: Config, device: torch.device, step: engine.Step, overrides: tuple[str, ...], job: Job | None
+) -> None:
     """Say what will be trained, and on what; the layers of every job of a sweep are in its log only."""
     table = progress.layer_table(shapes.layers(config.model, IMAGE_SHAPE, CLASSES))
     if job is None:
         progress.say(table)
-        progress.say(f"training on {devices.describe(device)}")
+        progress.say(f"training on {devices.describe(device)}, {step.name} step")
         return
     if job.number == 1 or any(override.startswith("model") for override in overrides):
         progress.say(table)
-    progress.say(f"{_label(job)}: training on {devices.describe(device)}")
+    progress.say(f"{_label(job)}: training on {devices.describe(device)}, {step.name} step")
 
 
 def _last_words(

@@ -22,8 +22,9 @@ LAYERS = (
     {"errors", "shapes", "randomness"},
     {"paths"},
     {"config", "ledger"},
-    {"sources", "identity", "devices", "model", "optim"},
+    {"sources", "identity", "devices", "model", "optim", "compiler"},
     {"data", "tracking"},
+    {"native"},
     {"engine", "plan", "preflight"},
     {"journal", "plots", "progress"},
     {"checkpoint"},
@@ -37,7 +38,8 @@ RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
 # Modules that --help, completion, or the check of a config import: they must load at once.
 LIGHT = ("__main__", "cli", "config", "errors", "paths", "shapes", "preflight", "identity", "tracking",
-         "sources", "ledger", "plan", "plugin.sweeper", "plugin.launcher", "plugin._sweep")  # fmt: skip
+         "sources", "ledger", "plan", "compiler", "plugin.sweeper", "plugin.launcher",
+         "plugin._sweep")  # fmt: skip
 
 EDGE = {"cli", *(module for module in MODULES if module.startswith("plugin."))}
 ONLY = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lenet_sweep import checkpoint, engine, identity, ledger, model, optim
+from lenet_sweep import checkpoint, engine, identity, ledger, model, native, optim
 from lenet_sweep import run as runs
 from lenet_sweep.randomness import generator
 
@@ -63,8 +63,8 @@ def test_interrupted_run_goes_on_to_the_bits_of_an_uninterrupted_one(
     assert ledger.read_result(tmp_path / "first").status == "KILLED"
     trained = []
     with monkeypatch.context() as patch:
-        step = engine.gradient_step
-        patch.setattr(engine, "gradient_step", lambda *a: trained.append(1) or step(*a))
+        step = native.Native.gradients
+        patch.setattr(native.Native, "gradients", lambda *a: trained.append(1) or step(*a))
         runs.run(config, tmp_path / "second")
     assert len(trained) == 2 * 3  # the two epochs that were missing, of three steps each
     assert numbers(tmp_path / "second") == numbers(whole)
@@ -78,7 +78,7 @@ def test_run_killed_after_its_last_epoch_only_has_to_end(make_config, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         cut_short(config, tmp_path / "first", 4)
     done[0] = True
-    monkeypatch.setattr(engine, "gradient_step", None)
+    monkeypatch.setattr(native.Native, "gradients", None)
     assert runs.run(config, tmp_path / "second").status == "FINISHED"
 
 
@@ -91,8 +91,8 @@ def test_failed_run_keeps_its_last_good_checkpoint_and_starts_afresh_when_tried_
     assert (tmp_path / "first" / "checkpoint.safetensors").exists()
     assert len((tmp_path / "first" / "metrics.jsonl").read_text().splitlines()) == 3
     steps = []
-    step = engine.gradient_step
-    monkeypatch.setattr(engine, "gradient_step", lambda *a: steps.append(1) or step(*a))
+    step = native.Native.gradients
+    monkeypatch.setattr(native.Native, "gradients", lambda *a: steps.append(1) or step(*a))
     assert runs.run(config, tmp_path / "second").status == "FINISHED"
     assert len(steps) == 4 * 3
 
@@ -101,8 +101,8 @@ def test_rerun_starts_an_interrupted_run_afresh(make_config, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         cut_short(make_config(*MINI), tmp_path / "first", 2)
     steps = []
-    step = engine.gradient_step
-    monkeypatch.setattr(engine, "gradient_step", lambda *a: steps.append(1) or step(*a))
+    step = native.Native.gradients
+    monkeypatch.setattr(native.Native, "gradients", lambda *a: steps.append(1) or step(*a))
     runs.run(make_config(*MINI, "sweep.rerun=true"), tmp_path / "second")
     assert len(steps) == 4 * 3
 

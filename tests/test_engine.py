@@ -33,11 +33,11 @@ def setup(make_config):
     return build
 
 
-def train(setup, data, *overrides, **options):
+def train(setup, data, *overrides, amp=False, **options):
     """Train with these overrides; return all epochs' metrics and the network."""
     config, network, optimizer, schedule = setup(*overrides)
     epochs = engine.train(
-        network,
+        engine.Autograd(network, amp),
         optimizer,
         schedule,
         data,
@@ -96,7 +96,7 @@ def test_training_equals_an_independent_loop_over_the_same_batches(setup, mini, 
 
 def test_validation_metrics_are_those_of_the_held_out_examples(setup, mini):
     (metrics,), network = train(setup, mini, "epochs=1", "lr=0.1")
-    assert (metrics.val_loss, metrics.val_acc) == engine.evaluate(network, mini.val)
+    assert (metrics.val_loss, metrics.val_acc) == engine.evaluate(engine.Autograd(network), mini.val)
     assert metrics.val_acc != metrics.test_acc
 
 
@@ -150,7 +150,8 @@ def test_gradient_step_never_waits_for_the_device(setup, optimizer):
         torch.empty(8, 1, 28, 28, dtype=torch.uint8, device="meta"),
         torch.empty(8, dtype=torch.int64, device="meta"),
     )
-    totals = engine.gradient_step(network, steps, batch)
+    totals = engine.Autograd(network).gradients(batch, torch.empty(4, dtype=torch.int64, device="meta"))
+    steps.step()
     assert totals.device.type == "meta"
     with pytest.raises((RuntimeError, NotImplementedError)):
         totals.tolist()
@@ -170,7 +171,7 @@ def test_forward_pass_stays_on_a_fake_gpu(setup):
         logits_NK = engine.forward(on_gpu, batch.images_NCHW)
         assert logits_NK.device.type == "cuda"
         assert logits_NK.dtype == torch.float32
-        assert engine.predict(on_gpu, split.images_NCHW).device.type == "cuda"
+        assert engine.Autograd(on_gpu).predict(split).device.type == "cuda"
 
 
 def test_fake_gpu_catches_a_tensor_left_on_the_cpu(setup):
@@ -200,16 +201,16 @@ def test_evaluation_is_done_in_eval_mode_without_gradients_and_training_goes_on_
     network.register_forward_hook(
         lambda module, inputs, output: seen.append((module.training, output.requires_grad, len(output)))
     )
-    list(engine.train(network, optimizer, schedule, mini, epochs=2, batch_size=350, seed=0))
+    list(engine.train(engine.Autograd(network), optimizer, schedule, mini, epochs=2, batch_size=350, seed=0))
     epoch = [(True, True, 350), (True, True, 350), (False, False, 500), (False, False, 100)]
     assert seen == epoch * 2
 
 
 def test_evaluation_does_not_depend_on_its_batch_size(setup, mini, monkeypatch):
     _, network, _, _ = setup()
-    whole = engine.evaluate(network, mini.test)
+    whole = engine.evaluate(engine.Autograd(network), mini.test)
     monkeypatch.setattr(engine, "EVALUATION_BATCH", 64)
-    parts = engine.evaluate(network, mini.test)
+    parts = engine.evaluate(engine.Autograd(network), mini.test)
     assert parts == pytest.approx(whole, abs=1e-6)
 
 
@@ -228,6 +229,8 @@ def test_gpu_learns_what_the_cpu_learns(setup, mini):
     network = network.to(gpu)
     steps = optim.optimizer(config.optimizer, network.parameters())
     schedule = optim.schedule(config.schedule, steps, 1)
-    (metrics,) = engine.train(network, steps, schedule, on_gpu, epochs=1, batch_size=128, seed=0)
+    (metrics,) = engine.train(
+        engine.Autograd(network), steps, schedule, on_gpu, epochs=1, batch_size=128, seed=0
+    )
     (expected,), _ = train(setup, mini, "epochs=1", "lr=0.1", "batch_size=128")
     assert metrics.train_loss == pytest.approx(expected.train_loss, abs=1e-4)

@@ -70,7 +70,7 @@ def test_hash_is_the_same_in_another_process_with_another_hash_seed(make_config)
 def test_editing_the_training_loop_changes_the_hash_and_editing_the_report_does_not(
     make_config, monkeypatch, tmp_path
 ):
-    for source in identity.PACKAGE.glob("*.py"):
+    for source in (*identity.PACKAGE.glob("*.py"), *identity.PACKAGE.glob("*.cpp")):
         (tmp_path / source.name).write_bytes(source.read_bytes())
     monkeypatch.setattr(identity, "PACKAGE", tmp_path)
     versions = []
@@ -86,7 +86,7 @@ def test_editing_the_training_loop_changes_the_hash_and_editing_the_report_does_
 
 
 def test_line_ends_of_a_checkout_do_not_change_the_hash(monkeypatch, tmp_path):
-    for source in identity.PACKAGE.glob("*.py"):
+    for source in (*identity.PACKAGE.glob("*.py"), *identity.PACKAGE.glob("*.cpp")):
         (tmp_path / source.name).write_bytes(source.read_bytes().replace(b"\n", b"\r\n"))
     expected = identity.code_version()
     monkeypatch.setattr(identity, "PACKAGE", tmp_path)

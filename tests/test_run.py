@@ -110,7 +110,9 @@ def test_stored_weights_are_those_that_reached_the_last_test_accuracy(finished):
     network.load_state_dict(load_file(folder / "model" / "weights.safetensors"))
     data = datasets.load(config.data, config.seed, torch.device("cpu"), say=lambda line: None)
     last = lines(folder)[-1]
-    assert engine.evaluate(network, data.test) == pytest.approx((last["test/loss"], last["test/acc"]))
+    assert engine.evaluate(engine.Autograd(network), data.test) == pytest.approx(
+        (last["test/loss"], last["test/acc"])
+    )
 
 
 def test_result_file_says_how_it_ended(finished):
@@ -298,7 +300,9 @@ def test_target_loss_ends_training_early(make_config, tmp_path):
 
 
 def test_profile_names_the_operators_of_the_step(make_config, tmp_path):
-    runs.run(make_config(*MINI, "tracking=none", "epochs=1", "profile=true"), tmp_path / "run")
+    runs.run(
+        make_config(*MINI, "tracking=none", "epochs=1", "profile=true", "backend=torch"), tmp_path / "run"
+    )
     trace = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())
     assert any(event.get("name") == "aten::convolution_backward" for event in trace["traceEvents"])
     assert "aten::" in (tmp_path / "run" / "profile" / "operators.txt").read_text()

@@ -1,0 +1,270 @@
+"""The compiled step against autograd, and its promises: same bits on any threads, no access out of bounds."""
+
+import copy
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lenet_sweep import compiler, engine, model, native, optim
+from lenet_sweep import data as datasets
+from lenet_sweep.compiler import Unavailable
+from lenet_sweep.errors import DeviceError
+from lenet_sweep.native import Native
+from lenet_sweep.randomness import generator
+
+CPU = torch.device("cpu")
+NETWORKS = [
+    (),
+    ("model=lenet_relu_max",),
+    ("model.activation=sigmoid", "model.pool=max"),
+    ("model.activation=tanh", "model.pool=avg"),
+    ("model.activation=leaky_relu", "model.pool=max"),
+    ("model.activation=gelu", "model.pool=max"),
+    ("model.activation=silu", "model.pool=avg"),
+    ("model.channels=[5]", "model.kernel_size=9", "model.hidden=[]", "model.activation=tanh"),
+    ("model.channels=[7,13,3]", "model.kernel_size=3", "model.hidden=[33]"),
+    ("model.channels=[3,17]", "model.kernel_size=1", "model.hidden=[1,50,21]", "model.activation=gelu"),
+    ("model.channels=[2,4]", "model.kernel_size=5", "model.padding=none", "model.activation=silu"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mini(make_config):
+    config = make_config("data=fashion_mnist_mini")
+    return datasets.load(config.data, seed=0, device=CPU, say=lambda line: None)
+
+
+@pytest.fixture
+def make_native(make_config):
+    def make(*overrides, threads=2):
+        config = make_config("data=fashion_mnist_mini", *overrides)
+        return Native(model.build(config.model, generator(config.seed, "init")), config.model, threads)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def noise():
+    """Without the blank areas of real images, where all sums of a pool are equal and rounding picks one."""
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (300, 1, 28, 28), dtype=torch.uint8, generator=draw)
+    return datasets.Split(images, torch.randint(10, (300,), generator=draw))
+
+
+def gradients(step):
+    return [parameter.grad.clone() for parameter in step.network.parameters()]
+
+
+@pytest.mark.parametrize("overrides", NETWORKS, ids=lambda o: " ".join(o) or "lenet")
+def test_gradients_and_totals_are_those_of_autograd_in_double_precision(make_native, noise, overrides):
+    step = make_native(*overrides)
+    for size in (1, 37, 256):
+        indices = torch.randperm(300, generator=torch.Generator().manual_seed(size))[:size]
+        totals = step.gradients(noise, indices).tolist()
+        batch = noise.take(indices)
+        oracle = copy.deepcopy(step.network).double()
+        logits = oracle(batch.images_NCHW.double() / 255)
+        loss = F.cross_entropy(logits, batch.labels_N)
+        expected = torch.autograd.grad(loss, list(oracle.parameters()))
+        assert totals[0] == pytest.approx(loss.item() * size, rel=1e-5)
+        assert totals[1] == (logits.argmax(1) == batch.labels_N).sum().item()
+        for found, gradient in zip(gradients(step), expected, strict=True):
+            assert (found - gradient).norm() <= 2e-4 * gradient.norm() + 1e-7
+
+
+@pytest.mark.parametrize("overrides", [(), ("model=lenet_relu_max",)])
+@pytest.mark.parametrize("size", [3, 256, 700])
+def test_number_of_threads_changes_no_bit(make_native, mini, overrides, size):
+    indices = torch.randperm(2000)[:size]
+    results = []
+    for threads in (1, 2, 3, 8):
+        step = make_native(*overrides, threads=threads)
+        totals = step.gradients(mini.train, indices).tolist()
+        results.append((totals, [g.tolist() for g in gradients(step)], step.totals(mini.test).tolist()))
+    assert all(result == results[0] for result in results)
+
+
+def test_training_follows_autograd(make_config, mini):
+    config = make_config("data=fashion_mnist_mini", "epochs=2", "lr=0.5", "optimizer=momentum")
+    curves = []
+    for make in (engine.Autograd, lambda network: Native(network, config.model, 2)):
+        network = model.build(config.model, generator(0, "init"))
+        optimizer = optim.optimizer(config.optimizer, network.parameters())
+        schedule = optim.schedule(config.schedule, optimizer, 2)
+        epochs = engine.train(make(network), optimizer, schedule, mini, epochs=2, batch_size=128, seed=0)
+        curves.append([point.train_loss for metrics in epochs for point in metrics.curve])
+    assert curves[1] == pytest.approx(curves[0], abs=1e-4)
+
+
+def test_evaluation_and_prediction_are_those_of_autograd(make_native, mini):
+    step = make_native("model=lenet_relu_max")
+    oracle = engine.Autograd(step.network)
+    assert engine.evaluate(step, mini.test) == pytest.approx(engine.evaluate(oracle, mini.test), abs=1e-5)
+    assert torch.equal(step.predict(mini.test), oracle.predict(mini.test))
+
+
+def test_instances_share_nothing(make_native, mini):
+    first, second = make_native("seed=1"), make_native("seed=2", threads=1)
+    some, others = torch.arange(100), torch.arange(100, 160)
+    first.gradients(mini.train, some)
+    alone = [gradient.tolist() for gradient in gradients(first)]
+    second.gradients(mini.train, others)
+    assert [gradient.tolist() for gradient in gradients(first)] == alone
+    first.gradients(mini.train, some)
+    assert [gradient.tolist() for gradient in gradients(first)] == alone
+
+
+@pytest.mark.parametrize("overrides", [(), ("model=lenet_relu_max",), ("model.activation=gelu",)])
+def test_a_weight_that_is_no_number_shows_in_the_loss(make_native, mini, overrides):
+    step = make_native(*overrides)
+    with torch.no_grad():
+        next(step.network.parameters())[0, 0, 0, 0] = float("nan")
+    assert torch.isnan(step.gradients(mini.train, torch.arange(50))[0])
+    assert torch.isnan(step.totals(mini.test)[0])
+
+
+def test_denormal_numbers_survive_in_the_process(make_native, mini):
+    make_native().gradients(mini.train, torch.arange(64))
+    assert (np.float32(1e-40) * np.float32(0.5)) > 0
+    assert (torch.tensor([1e-40]) * 0.5).item() > 0
+
+
+def test_a_step_that_differs_from_autograd_is_not_used(make_native, monkeypatch):
+    definitions = compiler._definitions
+    monkeypatch.setattr(native, "_checked", set())
+    monkeypatch.setattr(
+        compiler, "_definitions", lambda c: [d.replace("=Sigmoid", "=Tanh") for d in definitions(c)]
+    )
+    with pytest.raises(Unavailable, match="differs from autograd"):
+        make_native()
+
+
+def test_too_large_a_network_is_left_to_torch(make_native, monkeypatch):
+    monkeypatch.setattr(native, "MOST_BYTES", 1000)
+    with pytest.raises(Unavailable, match="working memory"):
+        make_native()
+
+
+def test_auto_takes_the_native_step_and_falls_back_with_a_reason(make_config, monkeypatch):
+    config = make_config("data=fashion_mnist_mini")
+    network = model.build(config.model, generator(0, "init"))
+    step, why = engine.choose_step(config, network, CPU)
+    assert (step.name, why) == ("native", None)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    step, why = engine.choose_step(config, network, CPU)
+    assert step.name == "torch"
+    assert "there is no C++ compiler" in why
+    with pytest.raises(DeviceError, match="backend=native: there is no C"):
+        engine.choose_step(make_config("data=fashion_mnist_mini", "backend=native"), network, CPU)
+
+
+def test_amp_and_other_devices_take_torchs_step_without_a_word(make_config):
+    config = make_config("data=fashion_mnist_mini", "precision.amp=true")
+    step, why = engine.choose_step(config, model.build(config.model, generator(0, "init")), CPU)
+    assert (step.name, why) == ("torch", None)
+
+
+def test_command_without_compiler_says_so_in_one_line_and_trains(cli):
+    done = cli("+debug=fast", env={"PATH": ""})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("no native step") == 1
+
+
+def test_many_processes_compile_once_and_all_get_it(tmp_path):
+    code = textwrap.dedent("""
+        import sys
+        from lenet_sweep import compiler
+        from lenet_sweep.config import ModelConfig
+        config = ModelConfig(name="x", activation="tanh", pool="max", channels=(2,), kernel_size=5,
+                             padding="first", hidden=(), init="pytorch")
+        compiled = []
+        run = compiler._compile
+        compiler._compile = lambda command: (compiled.append(1), run(command))
+        path = compiler.library(config)
+        import ctypes
+        ctypes.CDLL(str(path)).gradients
+        print(path, len(compiled))
+    """)
+    env = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    lines = [process.communicate(timeout=120)[0].split() for process in started]
+    assert len({path for path, _ in lines}) == 1
+    assert sorted(count for _, count in lines) == ["0", "0", "0", "1"]
+
+
+def test_cache_that_others_can_write_to_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "lenet_sweep").mkdir()
+    (tmp_path / "lenet_sweep").chmod(0o777)
+    assert tmp_path not in compiler._cache().parents
+
+
+def test_flags_and_network_decide_the_librarys_name(make_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiler, "_compile", lambda command: None)
+    lenet, other = make_config().model, make_config("model.pool=max").model
+    names = {compiler.library(lenet), compiler.library(other), compiler.library(lenet, ("-O1",))}
+    assert len(names) == 3
+    assert compiler.library(lenet) in names
+
+
+SANITIZED = """
+import ctypes, sys
+library, parameters = ctypes.CDLL(sys.argv[1]), [int(n) for n in sys.argv[2].split(",")]
+libc = ctypes.CDLL(None)
+libc.aligned_alloc.restype = libc.calloc.restype = ctypes.c_void_p
+P, L = ctypes.c_void_p, ctypes.c_int64
+library.workspace_bytes.restype = L
+library.workspace_bytes.argtypes = [ctypes.c_int, L]
+library.gradients.argtypes = [P] * 5 + [L, ctypes.c_int] + [P] * 2
+library.evaluate.argtypes = [P] * 3 + [L, ctypes.c_int] + [P] * 3
+
+def zeros(size, of=ctypes.c_char):  # with guards of the sanitizer right before and after
+    memory = libc.aligned_alloc(64, ctypes.c_size_t(size))
+    ctypes.memset(memory, 0, size)
+    return memory
+
+tensors = [zeros(4 * n) for n in parameters]
+gradients = [zeros(4 * n) for n in parameters]
+pointers = lambda of: (P * len(of))(*of)
+images, labels = zeros(300 * 784), zeros(300 * 8)
+ctypes.memset(images, 200, 300 * 784)
+for size, threads in ((1, 1), (16, 2), (37, 3), (300, 2)):
+    indices = zeros(8 * size)
+    (L * size).from_address(indices)[:] = range(300 - size, 300)
+    workspace, totals = zeros(library.workspace_bytes(threads, size)), zeros(16)
+    library.gradients(pointers(tensors), pointers(gradients), images, labels, indices, size, threads,
+                      workspace, totals)
+    library.evaluate(pointers(tensors), images, labels, size, threads, workspace, totals, zeros(8 * size))
+    assert (ctypes.c_double * 2).from_address(totals)[1] == size
+print("clean")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", NETWORKS, ids=lambda o: " ".join(o) or "lenet")
+def test_sanitizers_find_no_access_out_of_bounds_and_nothing_undefined(make_config, overrides):
+    config = make_config(*overrides).model
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g")
+    library = compiler.library(config, flags)
+    runtime = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    )
+    sizes = [p.numel() for p in model.build(config, generator(0, "init")).parameters()]
+    done = subprocess.run(
+        [sys.executable, "-c", SANITIZED, str(library), ",".join(map(str, sizes))],
+        env={"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout == "clean\n", done.stderr[-3000:]
