@@ -221,17 +221,17 @@ SANITIZED = """
 import ctypes, sys
 library, parameters = ctypes.CDLL(sys.argv[1]), [int(n) for n in sys.argv[2].split(",")]
 libc = ctypes.CDLL(None)
-libc.aligned_alloc.restype = libc.calloc.restype = ctypes.c_void_p
 P, L = ctypes.c_void_p, ctypes.c_int64
 library.workspace_bytes.restype = L
 library.workspace_bytes.argtypes = [ctypes.c_int, L]
 library.gradients.argtypes = [P] * 5 + [L, ctypes.c_int] + [P] * 2
 library.evaluate.argtypes = [P] * 3 + [L, ctypes.c_int] + [P] * 3
 
-def zeros(size, of=ctypes.c_char):  # with guards of the sanitizer right before and after
-    memory = libc.aligned_alloc(64, ctypes.c_size_t(size))
+def zeros(size):  # with guards of the sanitizer right before and after
+    memory = P()
+    libc.posix_memalign(ctypes.byref(memory), ctypes.c_size_t(64), ctypes.c_size_t(size))
     ctypes.memset(memory, 0, size)
-    return memory
+    return memory.value
 
 tensors = [zeros(4 * n) for n in parameters]
 gradients = [zeros(4 * n) for n in parameters]
