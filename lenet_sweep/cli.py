@@ -1,4 +1,4 @@
-"""The command line: `data`, `sync` and `reproduce` are our own, everything else is Hydra's.
+"""The command line: `compare`, `data`, `sync`, `reproduce` are our own, everything else is Hydra's.
 
 Hydra composes the config and makes the output folder, and `task` hands both to `run`. Torch and
 mlflow are imported only when a run starts, so that --help, --cfg and completion answer at once.
@@ -33,7 +33,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from lenet_sweep import config as configs
 from lenet_sweep.config import Config
 from lenet_sweep.errors import ConfigError, LenetSweepError, OutputError, TrackingError
-from lenet_sweep.paths import conf_dir
+from lenet_sweep.paths import check_writable, conf_dir
 
 if TYPE_CHECKING:
     from lenet_sweep.ledger import Result
@@ -188,6 +188,58 @@ def reproduce(arguments: list[str]) -> int:
     return 0 if verdict.identical else _DIFFERENT
 
 
+def compare(arguments: list[str]) -> None:
+    """Compare the settings of a sweep over their seeds: which is best, and which cannot be told from it?"""
+    from lenet_sweep import comparison, progress, report, selection
+
+    given = _compare_arguments(arguments)
+    comparison.check_metric(given.metric)
+    overrides = [word for word in given.words if "=" in word]
+    if strange := [word for word in overrides if not word.startswith("tracking")]:
+        raise ConfigError(
+            f"{strange[0]}: only tracking=... and tracking.uri=... can be set here; see --filter"
+        )
+    for file in filter(None, (given.csv, given.json)):
+        check_writable(file.parent)
+    names = [word for word in given.words if word not in overrides]
+    metrics = [given.metric, *(["speed/examples_per_s"] if given.csv or given.json else [])]
+    chosen = selection.select(names, _compose(overrides).tracking, given.filter, metrics)
+    result = comparison.compare(chosen.runs, given.metric, given.by)
+    screen = progress.console()
+    screen.print(report.plain(f"{len(chosen.runs)} runs of {chosen.title}"), soft_wrap=True)
+    screen.print(report.comparison_table(result))
+    for line in report.comparison_lines(result):
+        screen.print(report.plain(line), soft_wrap=True)
+    if given.csv:
+        report.write_csv(result, given.csv)
+    if given.json:
+        report.write_json(result, given.json)
+
+
+def _compare_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m lenet_sweep compare",
+        description=inspect.cleandoc(compare.__doc__ or ""),
+        epilog="tracking.uri=... says which store; with tracking=none, SWEEP is a folder.",
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="SWEEP",
+        help="ids or folders of sweeps or runs, or their start (default: the latest sweep)",
+    )
+    parser.add_argument("--by", nargs="+", metavar="KEY", help="what to group by (default: all that differs)")
+    parser.add_argument("--metric", default="test/acc", help="default: test/acc")
+    parser.add_argument("--filter", help="only runs that MLflow's filter selects: \"params.lr = '0.1'\"")
+    parser.add_argument("--csv", type=Path, metavar="F", help="write the table to F, with all digits")
+    parser.add_argument("--json", type=Path, metavar="F", help="write table and runs to F")
+    given = parser.parse_intermixed_args(arguments)
+    by = [key for word in given.by or [] for key in word.split(",") if key]
+    given.words += [word for word in by if "=" in word]
+    given.by = [word for word in by if "=" not in word] or None
+    return given
+
+
 def _compose(overrides: list[str]) -> Config:
     """The config that these overrides alone make."""
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -205,6 +257,7 @@ def _change(text: str) -> tuple[str, Any]:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "compare": compare,
     "data": data,
     "sync": sync,
     "reproduce": reproduce,

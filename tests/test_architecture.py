@@ -22,9 +22,9 @@ LAYERS = (
     {"errors", "shapes", "randomness"},
     {"paths"},
     {"config", "ledger"},
-    {"sources", "identity", "devices", "model", "optim"},
-    {"data", "tracking"},
-    {"engine", "plan", "preflight"},
+    {"sources", "identity", "devices", "model", "optim", "records"},
+    {"data", "tracking", "comparison"},
+    {"engine", "plan", "preflight", "selection"},
     {"journal", "plots", "progress"},
     {"checkpoint"},
     {"run"},
@@ -37,7 +37,8 @@ RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
 # Modules that --help, completion, or the check of a config import: they must load at once.
 LIGHT = ("__main__", "cli", "config", "errors", "paths", "shapes", "preflight", "identity", "tracking",
-         "sources", "ledger", "plan", "plugin.sweeper", "plugin.launcher", "plugin._sweep")  # fmt: skip
+         "sources", "ledger", "plan", "records", "comparison", "selection", "plugin.sweeper",
+         "plugin.launcher", "plugin._sweep")  # fmt: skip
 
 EDGE = {"cli", *(module for module in MODULES if module.startswith("plugin."))}
 ONLY = {
@@ -45,6 +46,7 @@ ONLY = {
     "hydra": EDGE,
     "omegaconf": EDGE,
     "matplotlib": {"plots"},
+    "scipy": {"comparison"},
     "rich": {"progress", "report", "sources"},
     "safetensors": {"run", "checkpoint", "reproduce"},
 }
@@ -101,7 +103,7 @@ def test_config_stands_on_names_shapes_and_errors_alone():
 
 
 def test_tracking_knows_configs_and_nothing_of_training():
-    assert own("tracking") <= {"config", "identity", "ledger", "errors", "paths"}
+    assert own("tracking") <= {"config", "identity", "ledger", "records", "errors", "paths"}
 
 
 def test_training_loop_knows_neither_tracking_nor_what_is_shown():

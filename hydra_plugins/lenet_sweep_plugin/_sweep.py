@@ -55,7 +55,7 @@ def sweep(
     returns: list[list[JobReturn]] = []
     try:
         if missing:
-            _claim(folder, missing, config)
+            _claim(folder, planned, missing, config)
             launcher = Plugins.instance().instantiate_launcher(
                 hydra_context=hydra_context, task_function=task_function, config=config
             )
@@ -105,7 +105,7 @@ class _Composer:
         return is_change and key in self._keys and not OmegaConf.is_dict(self._config[key])
 
 
-def _claim(folder: Path, jobs: list[Planned], config: DictConfig) -> None:
+def _claim(folder: Path, planned: list[Planned], jobs: list[Planned], config: DictConfig) -> None:
     """Make `folder` this sweep's own by creating its plan, which no other sweep may have."""
     varied = report.varied_keys([job.overrides for job in jobs])
     values = {
@@ -117,6 +117,10 @@ def _claim(folder: Path, jobs: list[Planned], config: DictConfig) -> None:
                 "config": configs.to_dict(job.config),
             }
             for job in jobs
+        ],
+        # So that a comparison of this sweep has them too.
+        "finished_before": [
+            {"config_hash": job.config_hash, "run_id": job.result.run_id} for job in planned if job.result
         ],
     }
     try:
