@@ -235,7 +235,9 @@ def notes(comparison: Comparison) -> list[str]:
             "(~: Welch's t-test, Holm's correction, 5 %); more seeds tell more."
         )
     if comparison.averaged:
-        lines.append(f"Each row is over all values of {', '.join(map(short, comparison.averaged))}.")
+        lines.append(f"Averaged over {', '.join(map(short, comparison.averaged))}.")
+    if any(group.flags for group in groups):
+        lines.append("Runs that were left out count for nothing: a row with some is about those that worked.")
     if comparison.repeats:
         lines.append(f"{comparison.repeats} repeated runs of equal configs are counted once.")
     if comparison.metric.startswith("test/") and len(groups) > 1:

@@ -17,6 +17,7 @@ from lenet_sweep.paths import atomic_path, write_atomic
 from lenet_sweep.records import Record
 
 MARKS = {"best": "best", "tied": "~", "worse": "", "unknown": "?", "none": ""}
+_LISTED = 20  # runs that did not end, below a table
 _COMMON = ("data.name", "model.name", "lr", "epochs", "optimizer.name", "batch_size")
 
 
@@ -111,19 +112,25 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def comparison_lines(comparison: Comparison) -> list[str]:
-    """What stands below the table: how to read it, and every run that was left out, with its reason."""
-    return [*comparisons.notes(comparison), *left_out(comparison)]
+    """What stands below the table: how to read it, and the runs that did not end, with their reasons."""
+    broken = [
+        f"{run_label(comparison, group, run)}: {fate(run)}"
+        for group, run in left_out(comparison)
+        if run.status != "FINISHED"
+    ]
+    if len(broken) > _LISTED:
+        broken[_LISTED:] = [f"and {len(broken) - _LISTED} more, which --json lists"]
+    return [*comparisons.notes(comparison), *broken]
 
 
-def left_out(comparison: Comparison) -> list[str]:
-    """A line for each run that is not averaged over, and why."""
-    lines = []
-    for group in comparison.groups:
-        counted = {run.name for run in group.counted}
-        for run in group.runs:
-            if run.name not in counted:
-                lines.append(f"{run_label(comparison, group, run)}: {fate(run)}")
-    return lines
+def left_out(comparison: Comparison) -> list[tuple[Group, Record]]:
+    """The runs that are not averaged over."""
+    return [
+        (group, run)
+        for group in comparison.groups
+        for run in group.runs
+        if run.name not in {counted.name for counted in group.counted}
+    ]
 
 
 def run_label(comparison: Comparison, group: Group, run: Record) -> str:
@@ -179,7 +186,7 @@ def write_json(comparison: Comparison, path: Path) -> None:
                 **asdict(run),
                 "final": run.last(comparison.metric),
                 "best": run.best(comparison.metric),
-                "counted": run in group.counted,
+                "counted": run.name in {counted.name for counted in group.counted},
             }
             for group in comparison.groups
             for run in group.runs

@@ -490,7 +490,7 @@ def _client(uri: str) -> "MlflowClient":
 
 @contextmanager
 def _asking(config: MlflowConfig, chosen: str = "") -> Iterator["MlflowClient"]:
-    """A client of a store that answers; its errors in our words. `chosen` is the filter it will be asked with.
+    """A client of a store that answers; errors in our words. `chosen` is the filter that it is asked with.
 
     Raises:
         ConfigError: if there is nothing in the store yet, or it does not understand the filter.
