@@ -36,8 +36,10 @@ from lenet_sweep.errors import ConfigError, LenetSweepError, OutputError, Tracki
 from lenet_sweep.paths import check_writable, conf_dir
 
 if TYPE_CHECKING:
+    from lenet_sweep.comparison import Comparison
     from lenet_sweep.ledger import Result
     from lenet_sweep.run import Job
+    from lenet_sweep.selection import Selection
 
 _DIFFERENT = 3
 _INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
@@ -190,7 +192,7 @@ def reproduce(arguments: list[str]) -> int:
 
 def compare(arguments: list[str]) -> None:
     """Compare the settings of a sweep over their seeds: which is best, and which cannot be told from it?"""
-    from lenet_sweep import comparison, progress, report, selection
+    from lenet_sweep import comparison, progress, records, report, selection
 
     given = _compare_arguments(arguments)
     comparison.check_metric(given.metric)
@@ -199,21 +201,39 @@ def compare(arguments: list[str]) -> None:
         raise ConfigError(
             f"{strange[0]}: only tracking=... and tracking.uri=... can be set here; see --filter"
         )
-    for file in filter(None, (given.csv, given.json)):
-        check_writable(file.parent)
+    for path in filter(None, (given.csv, given.json, given.html, given.figures)):
+        check_writable(path.parent)
     names = [word for word in given.words if word not in overrides]
-    metrics = [given.metric, *(["speed/examples_per_s"] if given.csv or given.json else [])]
-    chosen = selection.select(names, _compose(overrides).tracking, given.filter, metrics)
+    everything = given.csv or given.json or given.html or given.figures
+    metrics = dict.fromkeys([given.metric, *(records.MORE_IS_BETTER if everything else ())])
+    chosen = selection.select(names, _compose(overrides).tracking, given.filter, list(metrics))
     result = comparison.compare(chosen.runs, given.metric, given.by)
     screen = progress.console()
     screen.print(report.plain(f"{len(chosen.runs)} runs of {chosen.title}"), soft_wrap=True)
     screen.print(report.comparison_table(result))
-    for line in report.comparison_lines(result):
+    for line in [*report.comparison_lines(result), *_write(given, result, chosen)]:
         screen.print(report.plain(line), soft_wrap=True)
+
+
+def _write(given: argparse.Namespace, result: "Comparison", chosen: "Selection") -> list[str]:
+    """Write the files that were asked for; return where they are."""
+    from lenet_sweep import page, report
+
+    written: list[Path] = []
     if given.csv:
         report.write_csv(result, given.csv)
+        written.append(given.csv)
     if given.json:
         report.write_json(result, given.json)
+        written.append(given.json)
+    if given.html:
+        page.write(result, chosen, given.html)
+        written.append(given.html)
+    if given.figures:
+        from lenet_sweep import figures
+
+        written += figures.write(result, given.figures)
+    return [str(path) for path in written]
 
 
 def _compare_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -233,6 +253,8 @@ def _compare_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--filter", help="only runs that MLflow's filter selects: \"params.lr = '0.1'\"")
     parser.add_argument("--csv", type=Path, metavar="F", help="write the table to F, with all digits")
     parser.add_argument("--json", type=Path, metavar="F", help="write table and runs to F")
+    parser.add_argument("--html", type=Path, metavar="F", help="write a page with pictures to F")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="write PNG and SVG pictures to DIR")
     given = parser.parse_intermixed_args(arguments)
     by = [key for word in given.by or [] for key in word.split(",") if key]
     given.words += [word for word in by if "=" in word]
