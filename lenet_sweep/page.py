@@ -85,7 +85,9 @@ def _counts(found: Comparison) -> str:
 
 
 def _how_to_read(found: Comparison) -> str:
-    more = f" The first {SHOWN} groups are shown; tick others." if len(found.groups) > SHOWN else ""
+    more = (
+        f" The first {SHOWN} groups are ticked; the others are shadows." if len(found.groups) > SHOWN else ""
+    )
     return (
         "Lines are means over the runs of a group, bands one standard deviation, bars 95 % intervals. "
         f"Hover for numbers, drag to zoom, double-click to go back.{more}"
@@ -98,7 +100,7 @@ def _how_to_read(found: Comparison) -> str:
 def _table(found: Comparison) -> str:
     places = report.digits(found)
     head = [*(comparison.short(key) for key in found.by or ("group",)), "n", f"final {found.metric}"]
-    head += ["95 % interval", "best", "at epoch", "seconds", "examples/s", "verdict", "left out"]
+    head += ["95 % interval", "verdict", "best", "at epoch", "seconds", "examples/s", "left out"]
     rows = []
     for group in found.groups:
         p = f" p={group.p:.2g}" if group.p is not None else ""
@@ -107,11 +109,11 @@ def _table(found: Comparison) -> str:
             str(len(group.counted)),
             report.spread(group.final, places),
             report.interval(group.final, places),
+            (report.MARKS[group.verdict] + p).strip(),
             report.spread(group.best, places),
             report.spread(group.best_epoch, 1),
             report.spread(group.seconds, 1),
             f"{group.examples_per_s.mean:,.0f}" if group.examples_per_s else "",
-            (report.MARKS[group.verdict] + p).strip(),
             ", ".join(f"{n} {reason}" for reason, n in group.flags.items()),
         ]
         rows.append((group.verdict, cells))
@@ -297,7 +299,8 @@ def _choice(found: Comparison, key: str) -> Spec:
     x = {**ticks, "title": {"text": _text(comparison.short(key))}, "range": [-0.5, len(names) - 0.5]}
     layout = {"xaxis": x, "yaxis": {"title": {"text": found.metric}}}
     caption = f"Mean final {found.metric} of each group, with its 95 % interval."
-    return {"title": comparison.short(key), "caption": caption, "traces": traces, "layout": layout}
+    title = comparison.short(key)
+    return {"title": title, "caption": caption, "traces": traces, "layout": layout, "shadow": 0.2}
 
 
 def _beside(number: int, group: Group, level: int, found: Comparison) -> float:
@@ -332,7 +335,14 @@ def _cost(found: Comparison) -> Spec:
     x = {"title": {"text": "seconds of a run, mean"}, "rangemode": "tozero"}
     layout = {"xaxis": x, "yaxis": {"title": {"text": found.metric}}}
     caption = "Wall-clock time of a whole run; runs that shared a machine slow each other."
-    return {"title": "time and result", "caption": caption, "traces": traces, "layout": layout, "log": "x"}
+    return {
+        "title": "time and result",
+        "caption": caption,
+        "traces": traces,
+        "layout": layout,
+        "log": "x",
+        "shadow": 0.2,
+    }
 
 
 def _parallel(found: Comparison) -> Spec:
@@ -347,7 +357,6 @@ def _parallel(found: Comparison) -> Spec:
             "y": [],
             "text": [],
             "mode": "lines",
-            "opacity": 0.7,
             "line": {"color": charts.style(number)[0], "width": 1.5},
             "hovertemplate": "%{text}",
         }
@@ -360,6 +369,7 @@ def _parallel(found: Comparison) -> Spec:
         "caption": "A line for each run that is averaged over; click groups above to single them out.",
         "traces": list(traces.values()),
         "layout": _parallel_layout(axes),
+        "shadow": 0.06,
     }
 
 

@@ -33,9 +33,11 @@ def original(tmp_path_factory, data_root):
         command = [sys.executable, "-m", "lenet_sweep", *MINI, *arguments, "-m"]
         return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=300)
 
-    first = sweep("epochs=2", "lr=0.1,0.2", "seed=range(3)", "hydra.sweep.dir=outputs/sweeps/first")
+    first = sweep(
+        "epochs=2", "data.val_size=200", "lr=0.1,0.2", "seed=range(3)", "hydra.sweep.dir=outputs/sweeps/first"
+    )
     assert first.returncode == 0, first.stderr
-    bad = ("lr=0.1,0.2,1000", "optimizer.momentum=0,0.9", "seed=0")
+    bad = ("data.val_size=200", "lr=0.1,0.2,1000", "optimizer.momentum=0,0.9", "seed=0")
     second = sweep("epochs=2", *bad, "hydra.sweep.dir=outputs/sweeps/second")
     assert second.returncode == 1, second.stderr
     return here
@@ -198,6 +200,25 @@ def test_text_from_the_store_is_only_text(compare, sweeps):
     done = compare("second")
     assert done.returncode == 0, done.stderr
     assert "[/red]\N{REPLACEMENT CHARACTER}[2J<script>" in done.stdout
+
+
+def test_commands_of_the_readme_work(compare, sweeps):
+    assert compare("first", "second", "--by", "model", "lr", "--metric", "val/acc").returncode == 0
+    done = compare("first", "--html", "report.html", "--figures", "figures")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (sweeps / "figures").iterdir()} == {
+        f"{name}.{kind}" for name in ("curves", "choices") for kind in ("png", "svg")
+    }
+    assert "report.html" in done.stdout
+
+
+def test_sweep_writes_its_report_and_prints_its_answer(original):
+    (page,) = (original / "outputs" / "sweeps" / "second").glob("*.html")
+    text = page.read_text()
+    assert "lr=0.1,0.2,1000" in text  # the command
+    assert "the loss became" in text
+    assert text.count("Licensed under the MIT license") == 1  # plotly.js, once
+    assert "Content-Security-Policy" in text
 
 
 @pytest.fixture
