@@ -89,6 +89,9 @@ def compare(found: Sequence[Record], metric: str, by: Sequence[str] | None = Non
     """
     check_metric(metric)
     records = without_repeats(found)
+    if any(run.ended_well for run in records) and not any(run.history.get(metric) for run in records):
+        held_out = "; validation needs data.val_size above 0" if metric.startswith("val/") else ""
+        raise ConfigError(f"--metric {metric}: none of these runs measured it{held_out}")
     telling = varied(records)
     keys = tuple(key for key in telling if key != "seed") if by is None else _chosen(by, records)
     members: dict[tuple[str, ...], list[Record]] = {}

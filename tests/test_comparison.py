@@ -152,6 +152,11 @@ def test_by_takes_short_names_and_names_what_differs_when_it_does_not_know_one()
         compare(runs, ACC, ["pol"])
 
 
+def test_metric_that_no_run_measured_is_refused():
+    with pytest.raises(ConfigError, match=r"--metric val/acc: none of these .*data\.val_size"):
+        compare([record(0.1, 0, 0.5)], "val/acc")
+
+
 def test_levels_are_sorted_as_numbers_where_they_are():
     assert sorted(["10", "9", "b", "a", "1e-3"], key=comparisons.level) == ["1e-3", "9", "10", "a", "b"]
 
