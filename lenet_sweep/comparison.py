@@ -1,7 +1,7 @@
 """Which setting is best, and which cannot be told from it: runs grouped over seeds, in numbers.
 
-Knows no store, no table and no picture. A run that collapsed, failed or did not end is counted and
-named, and never averaged over.
+Knows no store, no table and no picture; SciPy is imported when there is something to compute. A run
+that collapsed, failed or did not end is counted and named, and never averaged over.
 """
 
 import math
@@ -9,8 +9,6 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
-
-from scipy.special import stdtr, stdtrit
 
 from lenet_sweep import config as configs
 from lenet_sweep.errors import ConfigError
@@ -159,6 +157,8 @@ def summarize(values: Sequence[float]) -> Summary | None:
     mean = statistics.fmean(values)
     if n == 1:
         return Summary(1, mean, None, None, None)
+    from scipy.special import stdtrit
+
     sd = statistics.stdev(values)
     half = float(stdtrit(n - 1, 1 - ALPHA / 2)) * sd / math.sqrt(n)
     return Summary(n, mean, sd, mean - half, mean + half)
@@ -176,6 +176,8 @@ def welch(a: Summary, b: Summary) -> float | None:
     va, vb = a.sd**2 / a.n, b.sd**2 / b.n
     if va + vb == 0:
         return 1.0 if a.mean == b.mean else 0.0
+    from scipy.special import stdtr
+
     t = abs(a.mean - b.mean) / math.sqrt(va + vb)
     df = (va + vb) ** 2 / (va**2 / (a.n - 1) + vb**2 / (b.n - 1))
     return 2 * float(stdtr(df, -t))
