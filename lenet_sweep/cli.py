@@ -1,4 +1,4 @@
-"""The command line: `data`, `sync` and `reproduce` are our own, everything else is Hydra's.
+"""The command line: `compare`, `data`, `sync`, `reproduce` are our own, everything else is Hydra's.
 
 Hydra composes the config and makes the output folder, and `task` hands both to `run`. Torch and
 mlflow are imported only when a run starts, so that --help, --cfg and completion answer at once.
@@ -33,11 +33,13 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from lenet_sweep import config as configs
 from lenet_sweep.config import Config
 from lenet_sweep.errors import ConfigError, LenetSweepError, OutputError, TrackingError
-from lenet_sweep.paths import conf_dir
+from lenet_sweep.paths import check_writable, conf_dir
 
 if TYPE_CHECKING:
+    from lenet_sweep.comparison import Comparison
     from lenet_sweep.ledger import Result
     from lenet_sweep.run import Job
+    from lenet_sweep.selection import Selection
 
 _DIFFERENT = 3
 _INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
@@ -188,6 +190,78 @@ def reproduce(arguments: list[str]) -> int:
     return 0 if verdict.identical else _DIFFERENT
 
 
+def compare(arguments: list[str]) -> None:
+    """Compare the settings of a sweep over their seeds: which is best, and which cannot be told from it?"""
+    from lenet_sweep import comparison, progress, records, report, selection
+
+    given = _compare_arguments(arguments)
+    comparison.check_metric(given.metric)
+    overrides = [word for word in given.words if "=" in word]
+    if strange := [word for word in overrides if not word.startswith("tracking")]:
+        raise ConfigError(
+            f"{strange[0]}: only tracking=... and tracking.uri=... can be set here; see --filter"
+        )
+    for path in filter(None, (given.csv, given.json, given.html, given.figures)):
+        check_writable(path.parent)
+    names = [word for word in given.words if word not in overrides]
+    everything = given.csv or given.json or given.html or given.figures
+    metrics = dict.fromkeys([given.metric, *(records.MORE_IS_BETTER if everything else ())])
+    chosen = selection.select(names, _compose(overrides).tracking, given.filter, list(metrics))
+    result = comparison.compare(chosen.runs, given.metric, given.by)
+    screen = progress.console()
+    screen.print(report.plain(f"{len(chosen.runs)} runs of {chosen.title}"), soft_wrap=True)
+    screen.print(report.comparison_table(result))
+    for line in [*report.comparison_lines(result), *_write(given, result, chosen)]:
+        screen.print(report.plain(line), soft_wrap=True)
+
+
+def _write(given: argparse.Namespace, result: "Comparison", chosen: "Selection") -> list[str]:
+    """Write the files that were asked for; return where they are."""
+    from lenet_sweep import page, report
+
+    written: list[Path] = []
+    if given.csv:
+        report.write_csv(result, given.csv)
+        written.append(given.csv)
+    if given.json:
+        report.write_json(result, given.json)
+        written.append(given.json)
+    if given.html:
+        page.write(result, chosen, given.html)
+        written.append(given.html)
+    if given.figures:
+        from lenet_sweep import figures
+
+        written += figures.write(result, given.figures)
+    return [str(path) for path in written]
+
+
+def _compare_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m lenet_sweep compare",
+        description=inspect.cleandoc(compare.__doc__ or ""),
+        epilog="tracking.uri=... says which store; with tracking=none, SWEEP is a folder.",
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="SWEEP",
+        help="ids or folders of sweeps or runs, or their start (default: the latest sweep)",
+    )
+    parser.add_argument("--by", nargs="+", metavar="KEY", help="what to group by (default: all that differs)")
+    parser.add_argument("--metric", default="test/acc", help="default: test/acc")
+    parser.add_argument("--filter", help="only runs that MLflow's filter selects: \"params.lr = '0.1'\"")
+    parser.add_argument("--csv", type=Path, metavar="F", help="write the table to F, with all digits")
+    parser.add_argument("--json", type=Path, metavar="F", help="write table and runs to F")
+    parser.add_argument("--html", type=Path, metavar="F", help="write a page with pictures to F")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="write PNG and SVG pictures to DIR")
+    given = parser.parse_intermixed_args(arguments)
+    by = [key for word in given.by or [] for key in word.split(",") if key]
+    given.words += [word for word in by if "=" in word]
+    given.by = [word for word in by if "=" not in word] or None
+    return given
+
+
 def _compose(overrides: list[str]) -> Config:
     """The config that these overrides alone make."""
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -205,6 +279,7 @@ def _change(text: str) -> tuple[str, Any]:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "compare": compare,
     "data": data,
     "sync": sync,
     "reproduce": reproduce,

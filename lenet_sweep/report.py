@@ -1,12 +1,24 @@
-"""The table at the end of a sweep: every run, what it reached, and why it failed if it did."""
+"""Results as tables: every run at the end of a sweep, and settings compared over seeds; CSV and JSON too."""
 
+import csv
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
+from lenet_sweep import comparison as comparisons
+from lenet_sweep.comparison import ALPHA, Comparison, Group, Summary
 from lenet_sweep.ledger import Result
+from lenet_sweep.paths import atomic_path, write_atomic
+from lenet_sweep.records import Record
+
+MARKS = {"best": "best", "tied": "~", "worse": "", "unknown": "?", "none": ""}
+_LISTED = 20  # runs that did not end, below a table
+_COMMON = ("data.name", "model.name", "lr", "epochs", "optimizer.name", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,165 @@ def failures(rows: list[Row]) -> list[str]:
 def label(overrides: Sequence[str], varied: Sequence[str]) -> str:
     """What tells a job from the others of its sweep."""
     return " ".join(override for override in overrides if override.partition("=")[0] in varied)
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """A row for every group, the best first: means, spreads, and what can be told from the best."""
+    title = f"{comparison.metric}  {common(comparison)}".rstrip()
+    table = Table(title=plain(title), title_justify="left")
+    for key in comparison.by or ("",):
+        table.add_column(plain(comparisons.short(key)), overflow="fold")
+    table.add_column("n", justify="right")
+    for heading in ("final", "95 % interval", "best", "at epoch", "seconds"):
+        table.add_column(heading, justify="right")
+    for heading in ("verdict", "left out"):
+        table.add_column(heading)
+    for group in comparison.groups:
+        table.add_row(*map(plain, _cells(comparison, group)), style=_style(group))
+    return table
+
+
+def comparison_lines(comparison: Comparison) -> list[str]:
+    """What stands below the table: how to read it, and the runs that did not end, with their reasons."""
+    broken = [
+        f"{run_label(comparison, group, run)}: {fate(run)}"
+        for group, run in left_out(comparison)
+        if run.status != "FINISHED"
+    ]
+    if len(broken) > _LISTED:
+        broken[_LISTED:] = [f"and {len(broken) - _LISTED} more, which --json lists"]
+    return [*comparisons.notes(comparison), *broken]
+
+
+def left_out(comparison: Comparison) -> list[tuple[Group, Record]]:
+    """The runs that are not averaged over."""
+    return [
+        (group, run)
+        for group in comparison.groups
+        for run in group.runs
+        if run.name not in {counted.name for counted in group.counted}
+    ]
+
+
+def run_label(comparison: Comparison, group: Group, run: Record) -> str:
+    """A run in words: its group, its seed and its name."""
+    seed = "" if "seed" in comparison.by else f" seed={run.params.get('seed', '')}"
+    return f"{comparison.label(group)}{seed} ({run.name})"
+
+
+def fate(run: Record) -> str:
+    """How a run ended, with the reason that was recorded."""
+    status = "collapsed to guessing" if run.collapsed and run.status == "FINISHED" else run.status
+    return f"{status}, {run.reason}" if run.reason else status
+
+
+def rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """A flat dict for every group, with full precision: what CSV and JSON hold."""
+    return [
+        {
+            **dict(zip(comparison.by, group.key, strict=True)),
+            "metric": comparison.metric,
+            "n": len(group.counted),
+            **_columns("final", group.final),
+            **_columns("best", group.best),
+            **_columns("best_epoch", group.best_epoch),
+            "p": group.p,
+            "verdict": group.verdict,
+            **_columns("seconds", group.seconds),
+            **_columns("examples_per_s", group.examples_per_s),
+            "left_out": "; ".join(f"{n} {reason}" for reason, n in group.flags.items()),
+        }
+        for group in comparison.groups
+    ]
+
+
+def write_csv(comparison: Comparison, path: Path) -> None:
+    """Write a line for every group."""
+    values = rows(comparison)
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(values[0]))
+        writer.writeheader()
+        writer.writerows(values)
+
+
+def write_json(comparison: Comparison, path: Path) -> None:
+    """Write the groups, every run of theirs, and the notes."""
+    values = {
+        "metric": comparison.metric,
+        "by": comparison.by,
+        "test": f"Welch's t-test against the best, Holm's correction, {ALPHA}",
+        "groups": rows(comparison),
+        "runs": [
+            {
+                **asdict(run),
+                "final": run.last(comparison.metric),
+                "best": run.best(comparison.metric),
+                "counted": run.name in {counted.name for counted in group.counted},
+            }
+            for group in comparison.groups
+            for run in group.runs
+        ],
+        "notes": comparisons.notes(comparison),
+    }
+    write_atomic(path, json.dumps(values, indent=1) + "\n")
+
+
+def plain(text: str) -> Text:
+    """Text from a store for a terminal: no markup, no control characters."""
+    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
+def spread(summary: Summary | None, digits: int) -> str:
+    """Mean and standard deviation."""
+    if summary is None:
+        return ""
+    mean = f"{summary.mean:.{digits}f}"
+    return mean if summary.sd is None else f"{mean} ± {summary.sd:.{digits}f}"
+
+
+def interval(summary: Summary | None, digits: int) -> str:
+    """The 95 % interval, or that there is none."""
+    if summary is None:
+        return ""
+    if summary.low is None or summary.high is None:
+        return "none (n=1)"
+    return f"{summary.low:.{digits}f} to {summary.high:.{digits}f}"
+
+
+def digits(comparison: Comparison) -> int:
+    """Decimal places that the metric is shown with."""
+    return 1 if comparison.metric == "speed/examples_per_s" else 3
+
+
+def _cells(comparison: Comparison, group: Group) -> list[str]:
+    places = digits(comparison)
+    p = f" p={group.p:.2g}" if group.p is not None else ""
+    return [
+        *(group.key or ("all runs",)),
+        str(len(group.counted)),
+        spread(group.final, places),
+        interval(group.final, places),
+        spread(group.best, places),
+        spread(group.best_epoch, 1),
+        spread(group.seconds, 1),
+        f"{MARKS[group.verdict]}{p}".strip(),
+        ", ".join(f"{n} {reason}" for reason, n in group.flags.items()),
+    ]
+
+
+def _style(group: Group) -> str | None:
+    return {"best": "bold green", "tied": "green", "none": "red"}.get(group.verdict)
+
+
+def common(comparison: Comparison) -> str:
+    """The params that matter most, where all runs share them: 'data=mnist epochs=5'."""
+    shared = {key: comparison.constant[key] for key in _COMMON if key in comparison.constant}
+    return " ".join(f"{comparisons.short(key)}={value}" for key, value in shared.items())
+
+
+def _columns(name: str, summary: Summary | None) -> dict[str, float | None]:
+    values = {"mean": None, "sd": None, "low": None, "high": None} if summary is None else asdict(summary)
+    return {f"{name}_{part}": values[part] for part in ("mean", "sd", "low", "high")}
 
 
 def _reason(row: Row) -> str:

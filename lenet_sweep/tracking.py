@@ -18,7 +18,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -33,6 +35,7 @@ from lenet_sweep.config import MlflowConfig, NoTrackingConfig
 from lenet_sweep.errors import ConfigError, TrackingError
 from lenet_sweep.ledger import Result
 from lenet_sweep.paths import atomic_path, check_writable, write_atomic
+from lenet_sweep.records import PARAM_LENGTH, History, Record
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,8 +43,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PARAM_LENGTH = 6000  # MLflow refuses longer values
 _BATCH = 1000  # metrics in one call, MLflow's limit
+_PAGE = 1000  # runs in one answer
+_AT_ONCE = 8  # requests to a server
 _RETRY_S = 30  # after a call failed, how long none is tried
 _SQLITE = "sqlite:///"
 # A dead server blocks each call for minutes at MLflow's own defaults; what is lost is sent again by us.
@@ -208,6 +212,78 @@ def fetch(
     return run_id, metrics
 
 
+def sweeps(config: MlflowConfig, prefix: str = "") -> list[str]:
+    """`prefix` itself if it is a sweep's id; else the ids of all sweeps that start so, the latest first.
+
+    Raises:
+        TrackingError: if the store cannot be asked.
+    """
+    given = f"tags.sweep_id LIKE {_quoted(prefix + '%')}"
+    with _asking(config) as client:
+        if list(_search(client, config, of_sweep(prefix), at_most=1)):
+            return [prefix]
+        found = [run.data.tags["sweep_id"] for run in _search(client, config, given)]
+    return list(dict.fromkeys(sweep_id for sweep_id in found if sweep_id.startswith(prefix)))
+
+
+def latest_sweep(config: MlflowConfig) -> str | None:
+    """The id of the sweep whose run started last.
+
+    Raises:
+        TrackingError: if the store cannot be asked.
+    """
+    with _asking(config) as client:
+        for run in _search(client, config, "tags.sweep_id LIKE '%'", at_most=1):
+            return str(run.data.tags["sweep_id"])
+    return None
+
+
+def records(config: MlflowConfig, chosen: str, metrics: Sequence[str]) -> list[Record]:
+    """The runs that MLflow's filter `chosen` selects ('' for all), with the histories of `metrics`.
+
+    Raises:
+        ConfigError: if MLflow does not understand the filter.
+        TrackingError: if the store cannot be asked.
+    """
+    with _asking(config, chosen) as client:
+        runs = list(_search(client, config, chosen))
+        found = {run.info.run_id: _record(run) for run in runs}
+        for metric in metrics:
+            ids = [run.info.run_id for run in runs if metric in run.data.metrics]
+            for run_id, history in _histories(client, ids, metric):
+                found[run_id].history[metric] = history
+    # In the order of a sweep's table: runs are found newest first.
+    return list(reversed(found.values()))
+
+
+def records_of(
+    config: MlflowConfig, run_ids: Sequence[str], metrics: Sequence[str], chosen: str | None = None
+) -> list[Record]:
+    """Those of the runs with these ids that the store has and the filter `chosen` selects; as `records`."""
+    found = []
+    for i in range(0, len(run_ids), _PAGE):
+        listed = ", ".join(map(_quoted, run_ids[i : i + _PAGE]))
+        condition = f"attributes.run_id IN ({listed})"
+        found += records(config, f"{condition} and {chosen}" if chosen else condition, metrics)
+    return found
+
+
+def find_run(config: MlflowConfig, prefix: str) -> str:
+    """The whole id of the one run whose id starts with `prefix`.
+
+    Raises:
+        ConfigError: if no run, or more than one, has such an id.
+        TrackingError: if the store cannot be asked.
+    """
+    with _asking(config) as client:
+        return _find(client, prefix)
+
+
+def of_sweep(sweep_id: str) -> str:
+    """MLflow's filter for the runs of a sweep."""
+    return f"tags.sweep_id = {_quoted(sweep_id)}"
+
+
 def deliver_all() -> tuple[int, list[str]]:
     """Deliver every ended run that its store has not got in full; return how many, and what went wrong."""
     sent, problems = 0, []
@@ -324,7 +400,7 @@ class _MlflowRun:
             if not self._complete:
                 self._send_all(client)
             if result.reason:
-                client.set_tag(self.run_id, "failure_reason", result.reason[:_PARAM_LENGTH])
+                client.set_tag(self.run_id, "failure_reason", result.reason[:PARAM_LENGTH])
             if result.collapsed:
                 client.set_tag(self.run_id, "collapsed", "true")
             for path in sorted(self._folder.rglob("*")):
@@ -368,7 +444,7 @@ class _MlflowRun:
 
         assert self.run_id is not None
         values = yaml.safe_load((self._folder / "config.yaml").read_text(encoding="utf-8"))
-        params = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in configs.flatten(values)]
+        params = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in configs.flatten(values)]
         client.log_batch(self.run_id, params=params)
 
     def _lose(self, error: Exception) -> None:
@@ -410,6 +486,91 @@ def _client(uri: str) -> "MlflowClient":
     if uri.startswith(_SQLITE):
         _create_database(_database(uri))
     return MlflowClient(uri)
+
+
+@contextmanager
+def _asking(config: MlflowConfig, chosen: str = "") -> Iterator["MlflowClient"]:
+    """A client of a store that answers; errors in our words. `chosen` is the filter that it is asked with.
+
+    Raises:
+        ConfigError: if there is nothing in the store yet, or it does not understand the filter.
+        TrackingError: if it cannot be asked.
+    """
+    check(config)
+    if config.uri.startswith(_SQLITE) and not _database(config.uri).exists():
+        raise ConfigError(f"there are no runs yet in {config.uri}; another store is tracking.uri=...")
+    try:
+        yield _client(config.uri)
+    except _store_errors() as error:
+        if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE" and chosen:
+            raise ConfigError(
+                f"MLflow does not understand the filter {chosen}: {_first_line(error)}\n"
+                "Write it as in --filter \"params.lr = '0.1' and metrics.`test/acc` > 0.8\"."
+            ) from error
+        raise TrackingError(f"tracking.uri={config.uri!r}: {_first_line(error)}") from error
+
+
+def _search(
+    client: "MlflowClient", config: MlflowConfig, chosen: str, at_most: int = 0
+) -> Iterator["MlflowEntity"]:
+    """Runs of the config's experiment, the latest first."""
+    experiment = client.get_experiment_by_name(config.experiment)
+    page = None
+    while experiment:
+        runs = client.search_runs(
+            [experiment.experiment_id],
+            chosen,
+            max_results=at_most or _PAGE,
+            order_by=["attributes.start_time DESC"],
+            page_token=page,
+        )
+        yield from runs
+        page = runs.token
+        if at_most or not page:
+            return
+
+
+def _histories(client: "MlflowClient", run_ids: Sequence[str], metric: str) -> Iterator[tuple[str, History]]:
+    """Every epoch of a metric, by run.
+
+    A database is asked once for all runs, which takes a hundredth of the time of asking for each;
+    for a server, MLflow's client has no such call, so several requests are under way at once.
+    """
+    store = client._tracking_client.store
+    if hasattr(store, "get_metric_history_bulk"):
+        found: dict[str, History] = {run_id: {} for run_id in run_ids}
+        for point in store.get_metric_history_bulk(list(run_ids), metric, max_results=2**31 - 1):
+            found[point.run_id][point.step] = point.value
+        yield from found.items()
+        return
+
+    def ask(run_id: str) -> History:
+        return {point.step: point.value for point in client.get_metric_history(run_id, metric)}
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        yield from zip(run_ids, pool.map(ask, run_ids), strict=True)
+
+
+def _record(run: "MlflowEntity") -> Record:
+    tags, info = run.data.tags, run.info
+    return Record(
+        name=info.run_id,
+        status=info.status,
+        params=dict(run.data.params),
+        config_hash=tags.get("config_hash", ""),
+        reason=tags.get("failure_reason"),
+        collapsed=tags.get("collapsed") == "true",
+        seconds=(info.end_time - info.start_time) / 1000 if info.end_time else None,
+        commit=tags.get("git_commit", ""),
+        start_ms=info.start_time,
+    )
+
+
+def _quoted(text: str) -> str:
+    """A text as a value in MLflow's filters, which know no escapes."""
+    if "'" in text and '"' in text:
+        raise ConfigError(f"{text!r}: holds both kinds of quotes, which MLflow cannot search for")
+    return f'"{text}"' if "'" in text else f"'{text}'"
 
 
 def _process() -> dict[str, str]:

@@ -22,14 +22,15 @@ LAYERS = (
     {"errors", "shapes", "randomness"},
     {"paths"},
     {"config", "ledger"},
-    {"sources", "identity", "devices", "model", "optim", "compiler"},
-    {"data", "tracking"},
+    {"sources", "identity", "devices", "model", "optim", "compiler", "records"},
+    {"data", "tracking", "comparison"},
     {"native"},
-    {"engine", "plan", "preflight"},
-    {"journal", "plots", "progress"},
+    {"engine", "plan", "preflight", "selection"},
+    {"journal", "plots", "progress", "charts"},
     {"checkpoint"},
     {"run"},
-    {"report", "reproduce"},
+    {"report", "reproduce", "figures"},
+    {"page"},
     {"cli"},
     {"__main__", "plugin._sweep", "plugin._launch"},
     {"plugin.sweeper", "plugin.launcher"},
@@ -38,15 +39,17 @@ RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
 # Modules that --help, completion, or the check of a config import: they must load at once.
 LIGHT = ("__main__", "cli", "config", "errors", "paths", "shapes", "preflight", "identity", "tracking",
-         "sources", "ledger", "plan", "compiler", "plugin.sweeper", "plugin.launcher",
-         "plugin._sweep")  # fmt: skip
+         "sources", "ledger", "plan", "compiler", "records", "comparison", "selection", "plugin.sweeper",
+         "plugin.launcher", "plugin._sweep")  # fmt: skip
 
 EDGE = {"cli", *(module for module in MODULES if module.startswith("plugin."))}
 ONLY = {
     "mlflow": {"tracking"},
     "hydra": EDGE,
     "omegaconf": EDGE,
-    "matplotlib": {"plots"},
+    "matplotlib": {"plots", "figures"},
+    "plotly": {"page"},
+    "scipy": {"comparison"},
     "rich": {"progress", "report", "sources"},
     "safetensors": {"run", "checkpoint", "reproduce"},
 }
@@ -103,7 +106,7 @@ def test_config_stands_on_names_shapes_and_errors_alone():
 
 
 def test_tracking_knows_configs_and_nothing_of_training():
-    assert own("tracking") <= {"config", "identity", "ledger", "errors", "paths"}
+    assert own("tracking") <= {"config", "identity", "ledger", "records", "errors", "paths"}
 
 
 def test_training_loop_knows_neither_tracking_nor_what_is_shown():

@@ -25,6 +25,19 @@ ELSEWHERE = {
         "tests/test_reproduce.py",
         "test_override_makes_a_variant",
     ),
+    "python -m lenet_sweep compare": ("tests/test_compare.py", "test_no_name_is_the_latest_sweep"),
+    "python -m lenet_sweep compare SWEEP OTHER --by model lr --metric val/acc": (
+        "tests/test_compare.py",
+        "test_commands_of_the_readme_work",
+    ),
+    """python -m lenet_sweep compare --filter "params.lr = '0.1'" --csv table.csv --json table.json""": (
+        "tests/test_compare.py",
+        "test_filter_is_mlflows",
+    ),
+    "python -m lenet_sweep compare SWEEP --html report.html --figures figures": (
+        "tests/test_compare.py",
+        "test_commands_of_the_readme_work",
+    ),
     "python -m lenet_sweep sync": ("tests/test_faults.py", "test_server_that_dies_in_the_middle"),
     "python -m lenet_sweep tracking=server tracking.uri=http://127.0.0.1:5000": (
         "tests/test_run.py",

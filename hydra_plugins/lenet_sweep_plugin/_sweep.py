@@ -14,14 +14,16 @@ from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from lenet_sweep import comparison, ledger, plan, preflight, progress, records, report, tracking
 from lenet_sweep import config as configs
-from lenet_sweep import ledger, plan, preflight, progress, report, tracking
 from lenet_sweep.cli import to_config
 from lenet_sweep.config import Config
 from lenet_sweep.errors import ConfigError, OutputError, RunFailed
 from lenet_sweep.ledger import Result
 from lenet_sweep.paths import write_atomic
 from lenet_sweep.plan import Planned
+from lenet_sweep.records import Record
+from lenet_sweep.selection import Selection
 
 Job = list[str]  # the overrides of one job
 
@@ -55,7 +57,7 @@ def sweep(
     returns: list[list[JobReturn]] = []
     try:
         if missing:
-            _claim(folder, missing, config)
+            _claim(folder, planned, missing, config)
             launcher = Plugins.instance().instantiate_launcher(
                 hydra_context=hydra_context, task_function=task_function, config=config
             )
@@ -105,7 +107,7 @@ class _Composer:
         return is_change and key in self._keys and not OmegaConf.is_dict(self._config[key])
 
 
-def _claim(folder: Path, jobs: list[Planned], config: DictConfig) -> None:
+def _claim(folder: Path, planned: list[Planned], jobs: list[Planned], config: DictConfig) -> None:
     """Make `folder` this sweep's own by creating its plan, which no other sweep may have."""
     varied = report.varied_keys([job.overrides for job in jobs])
     values = {
@@ -117,6 +119,10 @@ def _claim(folder: Path, jobs: list[Planned], config: DictConfig) -> None:
                 "config": configs.to_dict(job.config),
             }
             for job in jobs
+        ],
+        # So that a comparison of this sweep has them too.
+        "finished_before": [
+            {"config_hash": job.config_hash, "run_id": job.result.run_id} for job in planned if job.result
         ],
     }
     try:
@@ -149,6 +155,36 @@ def _returned(ended: JobReturn | None, job: Planned) -> Result | None:
     return value if isinstance(value, Result) else None
 
 
+def _write_page(planned: list[Planned], folder: Path) -> str:
+    """Write report.html from what the runs left in their folders; say where it is, or why there is none."""
+    from lenet_sweep import page
+
+    runs = records.of_sweep(folder)
+    here = {run.config_hash for run in runs}
+    runs += [_before(job) for job in planned if job.result and job.config_hash not in here]
+    command = records.read_plan(folder).command
+    try:
+        found = comparison.compare(runs, "test/acc")
+        page.write(found, Selection(folder.name, tuple(runs), (command,)), folder / "report.html")
+    except OSError as error:
+        return f"report.html could not be written: {error.strerror}"
+    return f"report {folder / 'report.html'}\n{page.answer(found)}"
+
+
+def _before(job: Planned) -> Record:
+    """A run that was finished before, in another folder: of its metrics the store gave the last."""
+    assert job.result is not None
+    return Record(
+        name=job.result.run_id or job.config_hash,
+        status=job.result.status,
+        params=records.params(configs.to_dict(job.config)),
+        config_hash=job.config_hash,
+        collapsed=job.result.collapsed,
+        seconds=job.result.seconds,
+        history={name: {job.config.epochs: value} for name, value in job.result.metrics.items()},
+    )
+
+
 def _report(
     planned: list[Planned], launched: list[Planned], folder: Path, returns: list[list[JobReturn]]
 ) -> None:
@@ -173,6 +209,7 @@ def _report(
         screen.print(line, markup=False, soft_wrap=True, style="red")
     if launched:
         screen.print(f"output folder {folder.absolute()}", markup=False, soft_wrap=True)
+        screen.print(_write_page(planned, folder), markup=False, soft_wrap=True)
     tracked = planned[0].config.tracking
     if tracked.name == "mlflow" and (command := tracking.ui_command(tracked.uri)):
         screen.print(command, markup=False, soft_wrap=True)

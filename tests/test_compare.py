@@ -1,0 +1,261 @@
+"""`compare` on real sweeps: from the database, from folders and from a server, with the same numbers."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import lenet_sweep.cli
+
+MINI = ("data=fashion_mnist_mini", "threads=1", "model=lenet_relu_max")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, data_root):
+    """A folder with two sweeps: `first` of two lrs and three seeds, `second` that adds an lr which fails."""
+    here = tmp_path_factory.mktemp("sweeps")
+
+    def sweep(*arguments):
+        command = [sys.executable, "-m", "lenet_sweep", *MINI, *arguments, "-m"]
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=300)
+
+    first = sweep(
+        "epochs=2", "data.val_size=100", "lr=0.1,0.2", "seed=range(3)", "hydra.sweep.dir=outputs/sweeps/first"
+    )
+    assert first.returncode == 0, first.stderr
+    bad = ("data.val_size=100", "lr=0.1,0.2,1000", "optimizer.momentum=0,0.9", "seed=0")
+    second = sweep("epochs=2", *bad, "hydra.sweep.dir=outputs/sweeps/second")
+    assert second.returncode == 1, second.stderr
+    return here
+
+
+@pytest.fixture
+def sweeps(original, tmp_path):
+    """A copy that a test may spoil."""
+    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def compare(sweeps, monkeypatch, capsys, data_root):
+    """`compare` in this process: the same code, without loading mlflow each time."""
+    monkeypatch.chdir(sweeps)
+
+    def run(*arguments):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["lenet_sweep", "compare", *arguments])
+        code = lenet_sweep.cli.main()
+        return Done(code, *capsys.readouterr())
+
+    return run
+
+
+def groups(path="t.json"):
+    return json.loads(Path(path).read_text())["groups"]
+
+
+def journals(sweep):
+    """Test accuracies by lr, straight from the files."""
+    found = {}
+    for folder in sorted(sweep.glob("[0-9]*")):
+        lr = json.loads((sweep / "sweep.json").read_text())["jobs"][int(folder.name)]["config"]["lr"]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        found.setdefault(str(lr), []).append([line["test/acc"] for line in lines])
+    return {lr: np.array(runs) for lr, runs in found.items()}
+
+
+@pytest.mark.parametrize("source", [["first"], ["first", "tracking=none"], ["outputs/sweeps/first"]])
+def test_numbers_are_those_computed_from_the_journals(compare, sweeps, source):
+    done = compare(*source, "--csv", "t.csv", "--json", "t.json")
+    assert done.returncode == 0, done.stderr
+    found = groups()
+    assert len(found) == 2
+    for lr, runs in journals(sweeps / "outputs" / "sweeps" / "first").items():
+        (group,) = [g for g in found if g["lr"] == lr]
+        final, best = runs[:, -1], runs.max(1)
+        assert group["n"] == 3
+        assert group["final_mean"] == pytest.approx(final.mean(), abs=1e-12)
+        assert group["final_sd"] == pytest.approx(final.std(ddof=1), abs=1e-12)
+        low, high = stats.t.interval(0.95, 2, loc=final.mean(), scale=stats.sem(final))
+        assert (group["final_low"], group["final_high"]) == pytest.approx((low, high))
+        assert group["best_mean"] == pytest.approx(best.mean())
+        assert group["best_epoch_mean"] == pytest.approx((runs.argmax(1) + 1).mean())
+        assert f"{final.mean():.3f} ± {final.std(ddof=1):.3f}" in done.stdout
+    with open("t.csv", newline="") as file:
+        again = list(csv.DictReader(file))
+    for row, group in zip(again, found, strict=True):
+        assert {key: str("" if value is None else value) for key, value in group.items()} == row
+
+
+def test_no_name_is_the_latest_sweep_and_has_the_runs_that_were_finished_before(compare):
+    for where in ([], ["tracking=none"]):
+        done = compare("--json", "t.json", *where)
+        assert done.returncode == 0, done.stderr
+        assert {(g["lr"], g["optimizer.momentum"]) for g in groups()} == {
+            (lr, momentum) for lr in ("0.1", "0.2", "1000.0") for momentum in ("0.0", "0.9")
+        }
+        assert "the loss became" in done.stdout
+        assert [g["final_mean"] for g in groups() if "failed" in g["left_out"]] == [None, None]
+        assert "nothing can be told from the best" in done.stdout
+
+
+def test_several_sweeps_are_compared_as_one_and_no_run_counts_twice(compare):
+    compare("first", "second", "--json", "t.json")
+    assert sum(g["n"] for g in groups()) == 6 + 2
+    (group,) = [g for g in groups() if (g["lr"], g["optimizer.momentum"]) == ("0.1", "0.0")]
+    assert group["n"] == 3
+
+
+def test_single_runs_are_named_by_the_start_of_their_ids(compare, sweeps):
+    results = [json.loads((sweeps / f"outputs/sweeps/first/{n}/result.json").read_text()) for n in (0, 3)]
+    done = compare(*(result["run_id"][:8] for result in results), "--json", "t.json")
+    assert done.returncode == 0, done.stderr
+    assert sorted(g["final_mean"] for g in groups()) == sorted(r["metrics"]["test/acc"] for r in results)
+
+
+def test_filter_is_mlflows_and_narrows_a_sweep_or_selects_of_all(compare):
+    chosen = ("--filter", "params.lr = '0.1'", "--json", "t.json")
+    compare("first", *chosen)
+    assert [g["n"] for g in groups()] == [3]
+    compare(*chosen)
+    assert sorted(g["n"] for g in groups()) == [1, 3]  # with momentum and without
+
+
+def test_unfinished_and_collapsed_runs_are_not_averaged(compare, sweeps):
+    ids = [
+        json.loads((sweeps / f"outputs/sweeps/first/{n}/result.json").read_text())["run_id"] for n in (0, 1)
+    ]
+    with sqlite3.connect(sweeps / "mlruns" / "mlflow.db") as connection:
+        connection.execute("update runs set status = 'RUNNING' where run_uuid = ?", ids[:1])
+        connection.execute("insert into tags (key, value, run_uuid) values ('collapsed', 'true', ?)", ids[1:])
+    connection.close()
+    compare("first", "--json", "t.json")
+    (group,) = [g for g in groups() if g["lr"] == "0.1"]
+    third = json.loads((sweeps / "outputs/sweeps/first/2/result.json").read_text())["metrics"]["test/acc"]
+    assert (group["n"], group["final_mean"]) == (1, third)
+    assert group["left_out"] == "1 collapsed; 1 unfinished"
+
+
+def test_by_groups_by_what_is_asked_and_says_what_it_averages_over(compare):
+    done = compare("first", "--by", "seed", "--json", "t.json")
+    assert [set(g) & {"lr", "seed"} for g in groups()] == [{"seed"}] * 3
+    assert "Averaged over lr." in done.stdout
+
+
+def test_less_is_better_for_a_loss(compare):
+    compare("first", "--metric", "test/loss", "--json", "t.json")
+    means = [g["final_mean"] for g in groups()]
+    assert means == sorted(means)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nobody"], "'nobody': is neither a folder, nor the id of a sweep"),
+        (["abc123"], "no run has an id that starts with 'abc123'"),
+        (["--by", "bath_size"], "Did you mean 'batch_size'?"),
+        (["--metric", "tst/acc"], "Did you mean 'test/acc'?"),
+        (["--filter", "params.lr = 0.1"], "MLflow does not understand the filter"),
+        (["lr=0.1"], "lr=0.1: only tracking=... and tracking.uri=..."),
+        (["nobody", "tracking=none"], "'nobody': there is no such folder"),
+        (["tracking=none", "--filter", "params.lr = '0.1'"], "needs a tracking store"),
+        (["tracking.uri=sqlite:///other.db"], "there are no runs yet in sqlite:///other.db"),
+        (["tracking.experiment=other"], "there is no sweep yet"),
+        (["--filter", "params.lr = '7'"], "there is no such run"),
+    ],
+)
+def test_mistake_is_told_in_two_lines_at_most(compare, arguments, message):
+    done = compare(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+
+
+def test_text_from_the_store_is_only_text(compare, sweeps):
+    with sqlite3.connect(sweeps / "mlruns" / "mlflow.db") as connection:
+        connection.execute("update tags set value = '[/red]\x1b[2J<script>' where key = 'failure_reason'")
+        connection.execute("update params set value = '[/bold]' where key = 'model.pool'")
+    connection.close()
+    done = compare("second")
+    assert done.returncode == 0, done.stderr
+    assert "[/red]\N{REPLACEMENT CHARACTER}[2J<script>" in done.stdout
+
+
+def test_commands_of_the_readme_work(compare, sweeps):
+    assert compare("first", "second", "--by", "model", "lr", "--metric", "val/acc").returncode == 0
+    done = compare("first", "--html", "report.html", "--figures", "figures")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (sweeps / "figures").iterdir()} == {
+        f"{name}.{kind}" for name in ("curves", "choices") for kind in ("png", "svg")
+    }
+    assert "report.html" in done.stdout
+
+
+def test_sweep_writes_its_report_and_prints_its_answer(original):
+    (page,) = (original / "outputs" / "sweeps" / "second").glob("*.html")
+    text = page.read_text()
+    assert "lr=0.1,0.2,1000" in text  # the command
+    assert "the loss became" in text
+    assert text.count("* plotly.js v") == 1  # plotly.js, once
+    assert "Content-Security-Policy" in text
+
+
+@pytest.fixture
+def server(sweeps):
+    """The address of a real MLflow server on the sweeps' database."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    store = ["--backend-store-uri", f"sqlite:///{sweeps}/mlruns/mlflow.db", "--host", "127.0.0.1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port), *store],
+        cwd=sweeps,
+        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 90
+    while not _answers(port):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    yield f"http://127.0.0.1:{port}"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _answers(port):
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+    except (OSError, urllib.error.URLError):
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_server_gives_the_same_numbers_as_its_database(compare, server):
+    compare("first", "--json", "t.json")
+    done = compare("first", f"tracking.uri={server}", "--json", "remote.json")
+    assert done.returncode == 0, done.stderr
+    assert groups("remote.json") == groups()

@@ -1,0 +1,181 @@
+"""The numbers of a comparison equal SciPy's; what is grouped, named and left out is what should be."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from lenet_sweep import comparison as comparisons
+from lenet_sweep import journal
+from lenet_sweep.comparison import compare, holm, summarize, varied, welch
+from lenet_sweep.errors import ConfigError
+from lenet_sweep.records import MORE_IS_BETTER, Record, read_history, without_repeats
+
+ACC = "test/acc"
+values = st.lists(st.floats(0.01, 1), min_size=2, max_size=9).filter(lambda xs: np.std(xs) > 1e-6)
+
+
+def record(lr, seed, *accuracies, metric=ACC, status="FINISHED", **fields):
+    history = {metric: dict(enumerate(accuracies, start=1))}
+    params = {"lr": str(lr), "seed": str(seed), "epochs": "2", **fields.pop("params", {})}
+    name = f"{lr}-{seed}-{sorted(params.items())}"
+    return Record(name, status, params, fields.pop("config_hash", name), history=history, **fields)
+
+
+def group(comparison, *key):
+    (found,) = [g for g in comparison.groups if g.key == tuple(map(str, key))]
+    return found
+
+
+def test_metrics_are_those_of_the_journal():
+    assert list(MORE_IS_BETTER) == list(journal.NAMES.values())
+
+
+@given(values)
+def test_mean_deviation_and_interval_are_scipys(xs):
+    summary = summarize(xs)
+    assert summary.mean == pytest.approx(np.mean(xs))
+    assert summary.sd == pytest.approx(np.std(xs, ddof=1))
+    low, high = stats.t.interval(0.95, len(xs) - 1, loc=np.mean(xs), scale=stats.sem(xs))
+    assert (summary.low, summary.high) == pytest.approx((low, high))
+
+
+def test_single_value_has_neither_deviation_nor_interval():
+    assert summarize([0.5]) == comparisons.Summary(1, 0.5, None, None, None)
+    assert summarize([]) is None
+
+
+@given(values, values)
+def test_welch_is_scipys(a, b):
+    assert welch(summarize(a), summarize(b)) == pytest.approx(
+        stats.ttest_ind(a, b, equal_var=False).pvalue, abs=1e-12
+    )
+
+
+def test_holm_is_the_worked_example():
+    # Holm 1979: the smallest times 4, the next times 3, never falling, at most 1.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_best_is_named_with_those_that_cannot_be_told_from_it():
+    runs = [record(0.1, s, 0.2, x) for s, x in enumerate((0.80, 0.82, 0.81))]
+    runs += [record(0.2, s, 0.2, x) for s, x in enumerate((0.79, 0.83, 0.80))]
+    runs += [record(0.9, s, 0.2, x) for s, x in enumerate((0.50, 0.52, 0.51))]
+    found = compare(runs, ACC)
+    assert found.by == ("lr",)
+    assert [(g.key, g.verdict) for g in found.groups] == [
+        (("0.1",), "best"),
+        (("0.2",), "tied"),
+        (("0.9",), "worse"),
+    ]
+    raw = [stats.ttest_ind((0.80, 0.82, 0.81), xs, equal_var=False).pvalue for xs in
+           ((0.79, 0.83, 0.80), (0.50, 0.52, 0.51))]  # fmt: skip
+    assert [g.p for g in found.groups[1:]] == pytest.approx([raw[0], 2 * raw[1]])
+
+
+def test_less_loss_is_better_and_more_accuracy():
+    for metric, best in (("test/loss", "0.2"), (ACC, "0.1")):
+        runs = [record(0.1, 0, 0.9, metric=metric), record(0.2, 0, 0.3, metric=metric)]
+        assert compare(runs, metric).groups[0].key == (best,)
+
+
+def test_one_run_each_tells_nothing_apart_and_says_so():
+    found = compare([record(0.1, 0, 0.9), record(0.2, 0, 0.3)], ACC)
+    assert [g.verdict for g in found.groups] == ["best", "unknown"]
+    assert "nothing can be told" in "\n".join(comparisons.notes(found))
+
+
+def test_collapsed_failed_and_unfinished_runs_are_counted_and_not_averaged():
+    runs = [
+        record(0.1, 0, 0.6, 0.8),
+        record(0.1, 1, 0.6, 0.7),
+        record(0.1, 2, 0.1, 0.1, collapsed=True),
+        record(0.1, 3, 0.1, status="FAILED"),
+        record(0.1, 4, 0.1, status="RUNNING"),
+        record(0.1, 5, 0.1, status="LOST"),
+        record(0.1, 6, 0.5, math.nan),
+        record(0.5, 0, 0.1, status="FAILED"),
+    ]
+    found = compare(runs, ACC)
+    assert group(found, 0.1).final.mean == pytest.approx(0.75)
+    assert group(found, 0.1).flags == {
+        "collapsed": 1,
+        "failed": 1,
+        "unfinished": 2,
+        "without this metric": 1,
+    }
+    assert group(found, 0.5).final is None
+    assert found.groups[-1].key == ("0.5",)
+
+
+def test_best_value_and_its_epoch_come_from_the_history():
+    runs = [record(0.1, 0, 0.3, 0.9, 0.5), record(0.1, 1, 0.7, 0.2, 0.7)]
+    (only,) = compare(runs, ACC).groups
+    assert (only.final.mean, only.best.mean) == pytest.approx((0.6, 0.8))
+    assert only.best_epoch.mean == 1.5  # epochs 2 and 1: of equal values the first
+
+
+def test_equal_configs_count_once_and_the_finished_one_counts():
+    old = record(0.1, 0, 0.5, config_hash="h", start_ms=1)
+    new = dataclasses.replace(old, name="new", start_ms=2)
+    failed = dataclasses.replace(old, name="failed", start_ms=3, status="FAILED")
+    assert without_repeats([old, new, failed]) == [new]
+    assert compare([old, new, failed], ACC).repeats == 2
+
+
+def test_a_choice_is_one_column_and_its_consequences_are_none():
+    lenet = {"model.name": "lenet", "model.activation": "sigmoid", "model.pool": "avg"}
+    relu = {"model.name": "lenet_relu_max", "model.activation": "relu", "model.pool": "max"}
+    runs = [
+        record(lr, 0, 0.5, params={**model, "optimizer.lr": str(lr), "tracking.uri": str(lr)})
+        for lr in (0.1, 0.2)
+        for model in (lenet, relu)
+    ]
+    assert varied(runs) == ["lr", "model.name"]
+    runs.append(record(0.1, 0, 0.5, params={**lenet, "model.pool": "max", "optimizer.lr": "0.1"}))
+    assert varied(runs) == ["lr", "model.name", "model.pool"]
+
+
+def test_by_takes_short_names_and_names_what_differs_when_it_does_not_know_one():
+    runs = [
+        record(0.1, 0, 0.5, params={"model.pool": pool, "model.name": "lenet"}) for pool in ("avg", "max")
+    ]
+    assert compare(runs, ACC, ["pool"]).by == ("model.pool",)
+    assert compare(runs, ACC, ["model"]).by == ("model.name",)
+    assert compare(runs, ACC, ["seed"]).averaged == ("model.pool",)
+    with pytest.raises(ConfigError, match=r"--by pol: .*\nWhat differs between them: model\.pool"):
+        compare(runs, ACC, ["pol"])
+
+
+def test_metric_that_no_run_measured_is_refused():
+    with pytest.raises(ConfigError, match=r"--metric val/acc: none of these .*data\.val_size"):
+        compare([record(0.1, 0, 0.5)], "val/acc")
+
+
+def test_levels_are_sorted_as_numbers_where_they_are():
+    assert sorted(["10", "9", "b", "a", "1e-3"], key=comparisons.level) == ["1e-3", "9", "10", "a", "b"]
+
+
+def test_val_accuracy_is_offered_where_the_choice_was_made_on_test_data():
+    runs = [record(lr, 0, 0.5) for lr in (0.1, 0.2)]
+    assert "data.val_size=5000" in comparisons.notes(compare(runs, ACC))[-1]
+    for run in runs:
+        run.history["val/acc"] = {1: 0.5}
+    assert "compare --metric val/acc" in comparisons.notes(compare(runs, ACC))[-1]
+    assert "test data" not in "".join(comparisons.notes(compare(runs, "val/acc")))
+
+
+def test_epochs_to_an_accuracy_are_counted_for_each_run():
+    (only,) = compare([record(0.1, 0, 0.3, 0.9, 0.5), record(0.1, 1, 0.2, 0.2)], ACC).groups
+    assert comparisons.epochs_to(only, ACC, 0.5) == [2, None]
+
+
+def test_damaged_line_of_a_journal_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 1, "test/acc": 0.5}\n[]\n{"epoch": "x"}\n{"epoch": 2, "test/a')
+    assert read_history(path) == {ACC: {1: 0.5}}

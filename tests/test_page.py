@@ -1,0 +1,138 @@
+"""The page shows a comparison's numbers, needs no network, and takes no text from a store for code."""
+
+import json
+import re
+import shutil
+import time
+
+import pytest
+
+from lenet_sweep import charts, figures, page
+from lenet_sweep.comparison import compare
+from lenet_sweep.records import Record
+from lenet_sweep.selection import Selection
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+def runs(n_lr=2, seeds=3, epochs=3, **fields):
+    return [
+        Record(
+            f"run{lr}-{seed}",
+            "FINISHED",
+            {"lr": str(0.1 * (lr + 1)), "epochs": str(epochs), "seed": str(seed), **fields},
+            f"{lr}-{seed}",
+            seconds=1.0 + lr,
+            history={
+                "test/acc": {e: 0.5 + 0.1 * lr + 0.01 * seed + 0.01 * e for e in range(1, epochs + 1)},
+                "train/loss": {e: 1 / e + 0.1 * lr for e in range(1, epochs + 1)},
+            },
+        )
+        for lr in range(n_lr)
+        for seed in range(seeds)
+    ]
+
+
+def written(records, path, commands=()):
+    found = compare(records, "test/acc")
+    page.write(found, Selection("a sweep", tuple(records), tuple(commands)), path)
+    text = path.read_text(encoding="utf-8")
+    return text, json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text)[1])
+
+
+def test_curves_are_means_over_seeds_with_a_band_of_one_deviation(tmp_path):
+    _, data = written(runs(), tmp_path / "r.html")
+    (section,) = [s for s in data["sections"] if s["title"] == "Learning curves"]
+    (chart,) = [c for c in section["charts"] if c["title"] == "test/acc"]
+    band, line = [t for t in chart["traces"] if t["group"] == 0]
+    assert line["y"] == pytest.approx([0.62, 0.63, 0.64])  # of lr=0.2, seeds 0 1 2
+    assert line["customdata"] == pytest.approx([0.01] * 3)
+    assert band["y"] == pytest.approx([0.63, 0.64, 0.65, 0.63, 0.62, 0.61])
+
+
+def test_heatmap_is_lr_by_epochs_with_a_panel_for_each_other_choice():
+    both = [
+        Record(**{**vars(r), "params": {**r.params, "epochs": e, "model.pool": p}, "name": f"{r.name}{e}{p}",
+                  "config_hash": f"{r.name}{e}{p}"})
+        for r in runs() for e in ("5", "10") for p in ("avg", "max")
+    ]  # fmt: skip
+    first, second = charts.grids(compare(both, "test/acc"))
+    assert (first.x_key, first.y_key, first.x, first.y) == ("lr", "epochs", ("0.1", "0.2"), ("5", "10"))
+    assert {first.title, second.title} == {"model.pool=avg", "model.pool=max"}
+    assert first.means[0] == pytest.approx((0.54, 0.64))
+    assert first.counts == ((3, 3), (3, 3))
+
+
+def test_text_from_the_store_stays_text(tmp_path):
+    records = runs(**{"model.name": EVIL})
+    records[0].params["data.name"] = EVIL
+    failed = Record(EVIL, "FAILED", {"lr": EVIL, "seed": EVIL}, "x", reason=EVIL, commit=EVIL)
+    text, data = written([*records, failed], tmp_path / "r.html", [EVIL])
+    own = text.replace(page.get_plotlyjs(), "")
+    assert "<img" not in own
+    assert "<script>alert" not in own
+    assert own.count("<script") == 3  # plotly.js, the data, the page's own
+    assert "&lt;script&gt;alert(1)" in own
+    for chart in (c for s in data["sections"] for c in s["charts"]):
+        labels = json.dumps([chart["traces"], chart["layout"]]).replace("<extra></extra>", "")
+        assert "<" not in labels  # plotly's labels know some HTML
+
+
+def test_text_that_looks_like_a_placeholder_is_not_replaced(tmp_path):
+    text, _ = written(runs(), tmp_path / "r.html", ["@@data@@"])
+    assert "<pre>@@data@@</pre>" in text
+
+
+def test_sweep_without_a_single_good_run_has_a_page_that_says_so(tmp_path):
+    failed = [Record("a", "FAILED", {"lr": "1", "seed": "0"}, "x", reason="the loss became nan in epoch 1")]
+    text, _ = written(failed, tmp_path / "r.html")
+    assert "nothing to compare" in text
+    assert "the loss became nan in epoch 1" in text
+
+
+def test_page_of_three_runs_takes_less_than_a_second(tmp_path):
+    start = time.perf_counter()
+    written(runs(n_lr=1), tmp_path / "r.html")
+    assert time.perf_counter() - start < 1
+
+
+def test_page_of_a_thousand_runs_stays_readable_and_of_bounded_size(tmp_path):
+    _, data = written(runs(n_lr=100, seeds=10), tmp_path / "r.html")
+    assert sum(group["on"] for group in data["groups"]) == page.SHOWN
+    assert (tmp_path / "r.html").stat().st_size < 8_000_000
+
+
+def test_figures_are_the_same_bytes_for_the_same_numbers(tmp_path):
+    found = compare(runs(**{"model.name": "$x$"}), "test/acc")
+    first = [path.read_bytes() for path in figures.write(found, tmp_path / "a")]
+    second = [path.read_bytes() for path in figures.write(found, tmp_path / "b")]
+    assert first == second
+    assert len(first) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_page_asks_for_nothing_and_logs_nothing_in_a_browser(tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs chromium")
+    evil = runs(**{"model.name": EVIL})
+    evil[0].params["lr"] = EVIL
+    written(evil, tmp_path / "r.html", [EVIL])
+    heard = []
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        for scheme in ("light", "dark"):
+            tab = browser.new_page(color_scheme=scheme)
+            tab.on("console", lambda message: heard.append(message.text))
+            tab.on("pageerror", lambda error: heard.append(str(error)))
+            tab.on("dialog", lambda dialog: heard.append(dialog.message))
+            tab.on("request", lambda request: heard.append(request.url))
+            tab.goto((tmp_path / "r.html").as_uri())
+            for button in tab.query_selector_all("button:not(#print):not(.modebar-btn)"):
+                button.click()
+            assert not tab.query_selector_all("[data-title*=hare], [data-attr*=Cloud]")  # no upload
+            assert len(tab.query_selector_all(".main-svg")) >= 6
+        browser.close()
+    assert set(heard) == {(tmp_path / "r.html").as_uri()}
