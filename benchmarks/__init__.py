@@ -1,0 +1,1 @@
+"""Measurements, side by side and interleaved; never run as tests."""

@@ -1,0 +1,49 @@
+"""What the ladder compares is the same work, and its roof is counted from the network's shapes."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import ladder, tutorial
+from lenet_sweep import model
+from lenet_sweep.randomness import generator
+
+
+def test_operations_of_a_lenet_step_are_those_counted_by_hand(make_config):
+    forward = 784 * 6 * 25 + 100 * 16 * 150 + 400 * 120 + 120 * 84 + 84 * 10
+    first_input = 784 * 6 * 25
+    assert ladder.training_flops(make_config().model) == 2 * (3 * forward - first_input) == 2_263_920
+
+
+@pytest.mark.parametrize("preset", ["lenet", "lenet_relu_max"])
+def test_the_tutorials_network_is_ours(make_config, preset):
+    ours = model.build(make_config(f"model={preset}").model, generator(0, "init"))
+    theirs = tutorial.network(relu_max=preset == "lenet_relu_max")
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        other.data.copy_(mine.data)
+    images, labels = torch.rand(32, 1, 28, 28), torch.arange(32) % 10
+    losses = [F.cross_entropy(network(images), labels) for network in (ours, theirs)]
+    assert losses[0].item() == losses[1].item()
+    gradients = [
+        torch.autograd.grad(loss, list(network.parameters()))
+        for loss, network in zip(losses, (ours, theirs), strict=True)
+    ]
+    assert all(torch.equal(mine, other) for mine, other in zip(*gradients, strict=True))
+
+
+def test_the_tutorials_loop_learns(monkeypatch, data_root):
+    monkeypatch.setenv("LENET_SWEEP_DATA", str(data_root))
+    pictures = tutorial.Pictures(tutorial.raw_folder(), "t10k")
+    image, label = pictures[0]
+    assert image.shape == (1, 28, 28)
+    assert 0 <= image.min() < image.max() <= 1
+    assert label == 9
+    monkeypatch.setattr(
+        tutorial, "Pictures", lambda root, prefix: torch.utils.data.Subset(pictures, range(512))
+    )
+    torch.manual_seed(0)
+    net = tutorial.network(relu_max=True)
+    losses = [loss for loss, *_ in itertools.islice(tutorial.epochs(net, tutorial.raw_folder(), 0.1, 0), 12)]
+    assert losses[-1] < 0.8 * losses[0]
