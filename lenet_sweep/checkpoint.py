@@ -32,13 +32,13 @@ def save(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
-    config_hash: str,
+    trajectory: str,
     lines: Iterable[journal.Line],
 ) -> None:
     """Write the state after the epoch of the last of `lines`."""
     tensors = _tensors(network, optimizer)
     state = {
-        "config_hash": config_hash,
+        "trajectory": trajectory,
         "lines": [line.dump() for line in lines],
         "schedule": {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"},
         "lr": [group["lr"] for group in optimizer.param_groups],
@@ -49,7 +49,7 @@ def save(
 
 
 def restore(
-    path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, config_hash: str
+    path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, trajectory: str
 ) -> list[journal.Line]:
     """Put the state of `path` into the given objects; return the metrics of the epochs so far.
 
@@ -61,7 +61,7 @@ def restore(
         state = json.loads(text)
         lines = [journal.parse(line) for line in state["lines"]]
         rates, schedule_state = [float(rate) for rate in state["lr"]], dict(state["schedule"])
-        if state["config_hash"] != config_hash:
+        if state["trajectory"] != trajectory:
             raise Damaged(f"{path}: belongs to another config")
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{path}: is not a checkpoint ({error})") from error

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lenet_sweep import config as configs
-from lenet_sweep.config import Config
+from lenet_sweep.config import Config, CosineScheduleConfig
 from lenet_sweep.paths import PACKAGE
 
 # Files whose text can change a number. Editing any other one leaves every hash as it is.
@@ -61,10 +61,27 @@ def config_hash(config: Config) -> str:
     It is the same on every machine and Python version. `device` and `threads` enter as they were
     written, so "auto" means whatever the machine at hand makes of it.
     """
+    return _hash(config, RESULT_FREE)
+
+
+def trajectory_hash(config: Config) -> str:
+    """16 hex digits that runs share if the one with fewer epochs is the beginning of the other.
+
+    That is all but the number of epochs, unless the schedule depends on it.
+    """
+    return _hash(config, RESULT_FREE if is_bound_to_its_end(config) else (*RESULT_FREE, "epochs"))
+
+
+def is_bound_to_its_end(config: Config) -> bool:
+    """Whether already the first epochs depend on how many there will be."""
+    return isinstance(config.schedule, CosineScheduleConfig)
+
+
+def _hash(config: Config, without: tuple[str, ...]) -> str:
     fields = {
         key: value
         for key, value in configs.flatten(configs.to_dict(config))
-        if not any(key == free or key.startswith(f"{free}.") for free in RESULT_FREE)
+        if not any(key == free or key.startswith(f"{free}.") for free in without)
     }
     text = json.dumps([code_version(), fields], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -2,6 +2,7 @@
 
     outputs/.ledger/HASH.json   where the latest run of this config is, and its run in MLflow
                     HASH.lock   held while a process trains it; the system lets go when that dies
+                    TRAJECTORY-EPOCHS.json  a finished run that one with more epochs begins with
                     unsynced/   runs that the tracking store has not got in full
 
 A process that holds a config's lock is the only one that trains it, so two sweeps at once train
@@ -90,6 +91,19 @@ def look_up(config_hash: str) -> Entry | None:
         return Entry(Path(values["folder"]), values["store"], values["run_id"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def enter_trajectory(trajectory: str, epochs: int, entry: Entry) -> None:
+    """Write down that a finished run holds the state of this trajectory after so many epochs."""
+    enter(f"{trajectory}-{epochs}", entry)
+
+
+def beginning(trajectory: str, epochs: int) -> Entry | None:
+    """The finished run that got furthest along this trajectory in fewer than so many epochs, if any did."""
+    known = (path.stem.rpartition("-")[2] for path in LEDGER.glob(f"{trajectory}-*.json"))
+    shorter = sorted((int(text) for text in known if text.isdecimal() and int(text) < epochs), reverse=True)
+    entries = (look_up(f"{trajectory}-{length}") for length in shorter)
+    return next((entry for entry in entries if entry and entry.folder.is_dir()), None)
 
 
 @contextmanager

@@ -5,14 +5,15 @@
                 environment.json            machine, versions, commit
                 uncommitted.diff            what the code's checkout had on top of its commit
                 tracking.json               the run's id in the tracking store
-                checkpoint.safetensors      its state after the last whole epoch, until it is finished
+                checkpoint.safetensors      its state after the last whole epoch
                 model/weights.safetensors   the weights after the last epoch
                 plots/*.png
                 result.json                 how it ended
                 lenet_sweep.log
 
 A run that was cut short goes on from its checkpoint when the same config is run again, and ends
-with the same bits as one that was never interrupted.
+with the same bits as one that was never interrupted. In the same way a job of a sweep goes on from a
+finished run that is its beginning (the same config with fewer epochs).
 """
 
 import contextlib
@@ -147,11 +148,16 @@ def _run(
     previous: Entry | None,
 ) -> Result:
     config_hash, start_ms = tags["config_hash"], int(time.time() * 1000)
+    trajectory = identity.trajectory_hash(config)
     _claim(folder, config)
     try:
         trained, device = prepare(config)
         _introduce(config, device, trained.step, overrides, job)
-        run_id = _take_over(previous, folder, trained, config_hash) if previous else None
+        run_id = _take_over(previous, folder, trained, trajectory) if previous else None
+        if previous is None and job and not config.sweep.rerun:
+            shorter = ledger.beginning(trajectory, config.epochs)
+            if shorter:  # its MLflow run is another's
+                _take_over(shorter, folder, trained, trajectory)
         _describe_surroundings(folder, device, trained.step)
         name = f"{_name(overrides) or config.model.name} #{config_hash[:6]}"
         tracked = tracking.open_run(config.tracking, folder, name, tags, start_ms, run_id)
@@ -165,9 +171,14 @@ def _run(
         (previous.folder / _CHECKPOINT).unlink(missing_ok=True)
 
     with _recorded(trained, tracked, folder, config_hash) as ends:
-        _train(config, config_hash, trained, folder, tracked, _label(job))
+        _train(config, trajectory, trained, folder, tracked, _label(job))
         _save(config, trained, folder)
     (result,) = ends
+    with contextlib.suppress(OSError):  # a full disk costs a longer run its head start, nothing else
+        if identity.is_bound_to_its_end(config):
+            (folder / _CHECKPOINT).unlink(missing_ok=True)
+        else:
+            ledger.enter_trajectory(trajectory, config.epochs, Entry(folder, None, None))
     _last_words(result, trained.last, device, folder, tracked, job)
     return result
 
@@ -220,13 +231,11 @@ def _end(result: Result, tracked: tracking.Run, folder: Path) -> None:
         return
     with contextlib.suppress(OSError):
         ledger.mark_synced(folder)
-    if result.status == "FINISHED":
-        (folder / _CHECKPOINT).unlink(missing_ok=True)
 
 
 def _train(
     config: Config,
-    config_hash: str,
+    trajectory: str,
     trained: Trained,
     folder: Path,
     tracked: tracking.Run,
@@ -266,7 +275,7 @@ def _train(
                 trained.network,
                 trained.optimizer,
                 trained.schedule,
-                config_hash,
+                trajectory,
                 trained.lines,
             )
             write_down(trained.lines[-1])
@@ -308,8 +317,8 @@ def _interrupted(config: Config, config_hash: str) -> Entry | None:
     return entry if result is None or result.status == "KILLED" else None
 
 
-def _take_over(previous: Entry, folder: Path, trained: Trained, config_hash: str) -> str | None:
-    """Restore the state that an interrupted run reached, and copy its checkpoint into `folder`.
+def _take_over(previous: Entry, folder: Path, trained: Trained, trajectory: str) -> str | None:
+    """Restore the state that another run of this trajectory reached, and copy its checkpoint into `folder`.
 
     Returns the id of the MLflow run to go on with.
     """
@@ -319,7 +328,7 @@ def _take_over(previous: Entry, folder: Path, trained: Trained, config_hash: str
         return previous.run_id
     try:
         trained.lines = checkpoint.restore(
-            path, trained.network, trained.optimizer, trained.schedule, config_hash
+            path, trained.network, trained.optimizer, trained.schedule, trajectory
         )
     except checkpoint.Damaged as error:
         progress.say(f"{error}; the run starts from its first epoch")

@@ -68,7 +68,9 @@ def test_interrupted_run_goes_on_to_the_bits_of_an_uninterrupted_one(
         runs.run(config, tmp_path / "second")
     assert len(trained) == 2 * 3  # the two epochs that were missing, of three steps each
     assert numbers(tmp_path / "second") == numbers(whole)
-    assert not list(tmp_path.rglob("checkpoint.safetensors"))
+    assert not (tmp_path / "first" / "checkpoint.safetensors").exists()
+    # Kept for a run with more epochs, which a cosine's cannot be the beginning of.
+    assert (tmp_path / "second" / "checkpoint.safetensors").exists() == (schedule != "cosine")
 
 
 def test_run_killed_after_its_last_epoch_only_has_to_end(make_config, tmp_path, monkeypatch, cut_short):
@@ -178,3 +180,47 @@ def test_run_with_a_damaged_checkpoint_says_so_and_starts_from_its_first_epoch(
     runs.run(config, tmp_path / "second")
     assert "checkpoint.safetensors: cannot be read" in capsys.readouterr().out
     assert len((tmp_path / "second" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def steps_of(sweep_job, config, folder, monkeypatch):
+    """How many gradient steps a job of a sweep takes; two epochs have six."""
+    steps, step = [], native.Native.gradients
+    with monkeypatch.context() as patch:
+        patch.setattr(native.Native, "gradients", lambda *a: steps.append(1) or step(*a))
+        runs.run(config, folder, job=sweep_job)
+    return len(steps)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "step", "cosine"])
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_runs_that_differ_in_epochs_cost_the_longest_and_are_what_they_are_alone(
+    make_config, tmp_path, monkeypatch, optimizer, schedule
+):
+    configs = [
+        make_config(*MINI, f"optimizer={optimizer}", f"schedule={schedule}", f"epochs={n}") for n in (1, 2, 4)
+    ]
+    for n, config in enumerate(configs):
+        (tmp_path / f"{n}").mkdir()
+        monkeypatch.chdir(tmp_path / f"{n}")
+        runs.run(config, tmp_path / f"{n}" / "alone")
+    monkeypatch.chdir(tmp_path)
+    job = runs.Job("sweep", 1, 3, "")
+    native._checked.add(configs[0].model)
+    steps = [steps_of(job, config, tmp_path / f"job{n}", monkeypatch) for n, config in enumerate(configs)]
+    assert steps == ([3, 6, 12] if schedule == "cosine" else [3, 3, 6])
+    for n in range(3):
+        assert numbers(tmp_path / f"job{n}") == numbers(tmp_path / f"{n}" / "alone")
+
+
+def test_single_run_and_rerun_train_from_the_first_epoch(make_config, tmp_path, monkeypatch):
+    job = runs.Job("sweep", 1, 2, "")
+    runs.run(make_config(*MINI, "epochs=1"), tmp_path / "short", job=job)
+    assert steps_of(None, make_config(*MINI, "epochs=2"), tmp_path / "single", monkeypatch) == 6
+    rerun = make_config(*MINI, "epochs=3", "sweep.rerun=true")
+    assert steps_of(job, rerun, tmp_path / "rerun", monkeypatch) == 9
+
+
+def test_longer_run_never_goes_on_from_a_run_of_another_config(make_config, tmp_path, monkeypatch):
+    job = runs.Job("sweep", 1, 2, "")
+    runs.run(make_config(*MINI, "epochs=1", "seed=1"), tmp_path / "short", job=job)
+    assert steps_of(job, make_config(*MINI, "epochs=2"), tmp_path / "long", monkeypatch) == 6

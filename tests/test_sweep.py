@@ -130,3 +130,12 @@ def test_one_epoch_on_the_real_set_reaches_its_floor(cli, tmp_path):
     words = re.search(r"^loss .*, train acc (0\.\d{3}), test acc (0\.\d{3})$", done.stdout, re.MULTILINE)
     assert float(words[1]) > 0.60
     assert float(words[2]) > 0.62
+
+
+def test_sweep_over_epochs_given_longest_first_costs_the_longest(cli, tmp_path):
+    done = cli("epochs=4,1,2", "data=fashion_mnist_mini", "data.train_size=300", "tracking=none", "-m")
+    assert done.returncode == 0, done.stderr
+    (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    counts = [len((sweep / f"{n}" / "metrics.jsonl").read_text().splitlines()) for n in range(3)]
+    assert counts == [4, 1, 2]
+    assert done.stdout.count("going on after epoch") == 2

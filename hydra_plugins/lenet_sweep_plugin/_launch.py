@@ -10,7 +10,10 @@ from hydra.core.utils import JobReturn, JobStatus, run_job
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, flag_override
 
+from lenet_sweep import config as configs
+from lenet_sweep import identity
 from lenet_sweep.cli import read_plan
+from lenet_sweep.config import Config
 
 
 def launch(
@@ -24,12 +27,15 @@ def launch(
     """Run every job in a folder of its own; with sweep.fail_fast, none after the first that fails.
 
     The configs are those of the plan: a YAML file that is edited meanwhile changes no later job,
-    and nothing is composed a second time.
+    and nothing is composed a second time. Of jobs that differ only in their epochs the shorter ones
+    come first, so that each goes on from the one before: all of them cost the longest.
     """
     plan = read_plan(Path(config.hydra.sweep.dir))
     assert plan is not None, "the sweeper leaves a plan"
-    returns = []
-    for number, overrides in enumerate(job_overrides, start=initial_job_idx):
+    jobs = [configs.parse(job["config"]) for job in plan["jobs"]]
+    returns = [JobReturn(overrides=overrides) for overrides in job_overrides]
+    for place in _shorter_first(jobs[initial_job_idx : initial_job_idx + len(job_overrides)]):
+        number, overrides = initial_job_idx + place, job_overrides[place]
         try:
             done = run_job(
                 task_function=task_function,
@@ -42,10 +48,16 @@ def launch(
             done = JobReturn(status=JobStatus.FAILED, overrides=overrides)
             done.return_value = error
         _release(done)
-        returns.append(done)
+        returns[place] = done
         if done.status == JobStatus.FAILED and config.sweep.fail_fast:
             break
     return returns
+
+
+def _shorter_first(jobs: Sequence[Config]) -> list[int]:
+    """The places of all jobs, in order, but each trajectory's together and by their epochs."""
+    trajectories = [identity.trajectory_hash(job) for job in jobs]
+    return sorted(range(len(jobs)), key=lambda i: (trajectories.index(trajectories[i]), jobs[i].epochs, i))
 
 
 def _release(done: JobReturn) -> None:
