@@ -66,9 +66,9 @@ def load(config: DataConfig, seed: int, device: torch.device, say: Callable[[str
     return Data(train.to(device), test, val, sources.DATASETS[config.name].classes)
 
 
-def scaled(images_NCHW: Tensor) -> Tensor:
-    """uint8 pixels to float32 in [0, 1], on the device that they are on."""
-    return images_NCHW.to(torch.float32).div_(255)
+def scaled(images_NCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 pixels to floats in [0, 1], on the device that they are on."""
+    return images_NCHW.to(dtype).div_(255)
 
 
 def read_idx(path: Path) -> Tensor:

@@ -82,17 +82,17 @@ class Autograd:
         loss = F.cross_entropy(logits_NK, batch.labels_N)
         self.network.zero_grad()
         loss.backward()
-        return _totals(loss, logits_NK, batch.labels_N)
+        return loss_and_right(loss, logits_NK, batch.labels_N)
 
     @torch.no_grad()
     def totals(self, examples: Split) -> Tensor:
         """[sum of losses, number right] over all examples, in eval mode."""
         self.network.eval()
         device = examples.labels_N.device
-        totals = torch.zeros(2, dtype=_total_dtype(device), device=device)
-        for images_NCHW, labels_N in _batches(examples):
+        totals = torch.zeros(2, dtype=total_dtype(device), device=device)
+        for images_NCHW, labels_N in batches(examples):
             logits_NK = forward(self.network, images_NCHW, self._amp)
-            totals += _totals(F.cross_entropy(logits_NK, labels_N), logits_NK, labels_N)
+            totals += loss_and_right(F.cross_entropy(logits_NK, labels_N), logits_NK, labels_N)
         self.network.train()
         return totals
 
@@ -100,7 +100,7 @@ class Autograd:
     def predict(self, examples: Split) -> Tensor:
         """The likeliest class of each example, int64 of shape (N,)."""
         self.network.eval()
-        classes = [forward(self.network, images, self._amp).argmax(1) for images, _ in _batches(examples)]
+        classes = [forward(self.network, images, self._amp).argmax(1) for images, _ in batches(examples)]
         self.network.train()
         return torch.cat(classes)
 
@@ -157,7 +157,7 @@ def train(
     for epoch in range(first_epoch, epochs + 1):
         started = time.perf_counter()
         order_N = torch.randperm(len(data.train), generator=generator(seed, f"order/{epoch}")).to(device)
-        totals = torch.zeros(2, dtype=_total_dtype(device), device=device)
+        totals = torch.zeros(2, dtype=total_dtype(device), device=device)
         seen, curve = 0, []
         for number, indices_N in enumerate(order_N.split(batch_size), start=1):
             totals += step.gradients(data.train, indices_N)
@@ -198,22 +198,25 @@ def evaluate(step: Step, examples: Split) -> tuple[float, float]:
 
 
 def forward(network: nn.Module, images_NCHW: Tensor, amp: bool = False) -> Tensor:
-    """uint8 images to float32 logits NK."""
+    """uint8 images to logits NK of the weights' type: float32, unless somebody changed it."""
+    dtype = next(network.parameters()).dtype
     with torch.autocast(images_NCHW.device.type, torch.bfloat16) if amp else nullcontext():
-        logits_NK: Tensor = network(scaled(images_NCHW))
-    return logits_NK.float()
+        logits_NK: Tensor = network(scaled(images_NCHW, dtype))
+    return logits_NK.to(dtype)
 
 
-def _batches(examples: Split) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(examples: Split) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels for one forward pass without gradients after another."""
     images, labels = examples.images_NCHW, examples.labels_N
     return zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
 
 
-def _totals(loss: Tensor, logits_NK: Tensor, labels_N: Tensor) -> Tensor:
+def loss_and_right(loss: Tensor, logits_NK: Tensor, labels_N: Tensor) -> Tensor:
+    """[sum of the losses, number right] of a batch whose mean loss is `loss`, shape (2,)."""
     right = (logits_NK.argmax(1) == labels_N).sum()
     return torch.stack([loss.detach() * len(labels_N), right])
 
 
-def _total_dtype(device: torch.device) -> torch.dtype:
+def total_dtype(device: torch.device) -> torch.dtype:
     """float64, so that adding up an epoch loses nothing; Apple's GPUs have none."""
     return torch.float32 if device.type == "mps" else torch.float64
