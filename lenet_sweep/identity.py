@@ -21,6 +21,7 @@ RESULT_SOURCES = (
     "data.py",
     "devices.py",
     "engine.py",
+    "fused.py",
     "model.py",
     "native.cpp",
     "native.py",

@@ -26,7 +26,7 @@ LAYERS = (
     {"data", "tracking", "comparison"},
     {"native"},
     {"engine", "plan", "preflight", "selection"},
-    {"journal", "plots", "progress", "charts"},
+    {"fused", "journal", "plots", "progress", "charts"},
     {"checkpoint"},
     {"run"},
     {"report", "reproduce", "figures"},
