@@ -225,6 +225,19 @@ def test_members_come_in_turn_and_leave_after_their_last_epoch_or_when_stopped(m
         assert_same(members[index].network.state_dict(), weights, 0)
 
 
+def test_state_of_a_member_shares_no_memory_with_the_array(member, mini):
+    # safetensors refuses tensors that share memory, and the array's is overwritten.
+    run = member("optimizer=nesterov", lr=0.1)
+    together([run, member("optimizer=nesterov", lr=0.1, seed=1)], mini)
+    held = [*run.network.parameters(), *(state["momentum_buffer"] for state in run.optimizer.state.values())]
+    assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in held)
+
+
+def test_networks_with_other_layers_are_kept_out(member, mini):
+    with pytest.raises(AssertionError, match="same layers"):
+        together([member(), member("model.activation=relu")], mini)
+
+
 def test_no_members_and_members_at_their_end_yield_nothing(member, mini):
     done = member(epochs=2)
     done.first_epoch = 3
