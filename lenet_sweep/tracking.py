@@ -187,15 +187,11 @@ def fetch(
         ConfigError: if no run, or more than one, has such an id.
         TrackingError: if the store cannot be asked.
     """
-    check(config)
     if not re.fullmatch("[0-9a-f]{1,32}", name):
         raise ConfigError(
             f"{name!r}: is neither a folder, nor a config.yaml, nor a run id (hexadecimal digits)"
         )
-    if config.uri.startswith(_SQLITE) and not _database(config.uri).exists():
-        raise ConfigError(f"{name!r}: there are no runs yet in {config.uri}")
-    try:
-        client = _client(config.uri)
+    with _asking(config) as client:
         run_id = _find(client, name)
         metrics: dict[int, dict[str, float]] = {}
         for metric in client.get_run(run_id).data.metrics:
@@ -207,8 +203,6 @@ def fetch(
                 (folder / parent).mkdir(exist_ok=True)
                 # Where below the folder it lands depends on the kind of store.
                 os.replace(client.download_artifacts(run_id, file, str(folder)), folder / file)
-    except _store_errors() as error:
-        raise TrackingError(f"tracking.uri={config.uri!r}: {_first_line(error)}") from error
     return run_id, metrics
 
 

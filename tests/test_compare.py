@@ -1,25 +1,17 @@
 """`compare` on real sweeps: from the database, from folders and from a server, with the same numbers."""
 
 import csv
+import functools
 import json
-import os
 import shutil
-import signal
-import socket
 import sqlite3
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
-
-import lenet_sweep.cli
 
 MINI = ("data=fashion_mnist_mini", "threads=1", "model=lenet_relu_max")
 
@@ -50,25 +42,11 @@ def sweeps(original, tmp_path):
     return tmp_path
 
 
-@dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
-def compare(sweeps, monkeypatch, capsys, data_root):
-    """`compare` in this process: the same code, without loading mlflow each time."""
+def compare(sweeps, monkeypatch, command):
+    """`compare` in a folder with two sweeps."""
     monkeypatch.chdir(sweeps)
-
-    def run(*arguments):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["lenet_sweep", "compare", *arguments])
-        code = lenet_sweep.cli.main()
-        return Done(code, *capsys.readouterr())
-
-    return run
+    return functools.partial(command, "compare")
 
 
 def groups(path="t.json"):
@@ -222,34 +200,11 @@ def test_sweep_writes_its_report_and_prints_its_answer(original):
 
 
 @pytest.fixture
-def server(sweeps):
+def server(sweeps, mlflow_server):
     """The address of a real MLflow server on the sweeps' database."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    store = ["--backend-store-uri", f"sqlite:///{sweeps}/mlruns/mlflow.db", "--host", "127.0.0.1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port), *store],
-        cwd=sweeps,
-        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 90
-    while not _answers(port):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    yield f"http://127.0.0.1:{port}"
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _answers(port):
-    try:
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-    except (OSError, urllib.error.URLError):
-        return False
-    return True
+    begin, uri = mlflow_server(sweeps, "mlruns/mlflow.db")
+    begin()
+    return uri
 
 
 @pytest.mark.slow

@@ -7,13 +7,10 @@ import json
 import os
 import random
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -225,45 +222,9 @@ def test_full_disk_fails_its_run_with_a_clear_reason_and_others_go_on(cli, tmp_p
 
 
 @pytest.fixture
-def server(tmp_path):
+def server(tmp_path, mlflow_server):
     """A function that starts a real MLflow server on one port of loopback, as often as it is called."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    processes = []
-
-    def begin():
-        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
-        where = [
-            "--backend-store-uri",
-            f"sqlite:///{tmp_path}/server.db",
-            "--artifacts-destination",
-            str(tmp_path),
-        ]
-        process = subprocess.Popen(
-            [*command, *where, "--host", "127.0.0.1"],
-            cwd=tmp_path,
-            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        processes.append(process)
-        wait_for(lambda: _answers(port), 90)
-        return process
-
-    yield begin, f"http://127.0.0.1:{port}"
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _answers(port):
-    try:
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-    except (OSError, urllib.error.URLError):
-        return False
-    return True
+    return mlflow_server(tmp_path, "server.db")
 
 
 @pytest.mark.slow

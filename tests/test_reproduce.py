@@ -4,14 +4,11 @@ import json
 import math
 import shutil
 import sqlite3
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
-import lenet_sweep.cli
 from lenet_sweep import run as runs
 
 MINI = ("data=fashion_mnist_mini", "data.train_size=600", "epochs=2", "threads=1", "lr=0.1", "seed=3")
@@ -35,25 +32,11 @@ def trained(original, tmp_path):
     return json.loads((folder / "result.json").read_text())["run_id"], folder
 
 
-@dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
-def cli(tmp_path, monkeypatch, capsys, data_root):
-    """The command line in this process, which has torch already: the same code, ten times as fast."""
+def cli(tmp_path, monkeypatch, command):
+    """The command line, in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["lenet_sweep", *arguments])
-        code = lenet_sweep.cli.main()
-        return Done(code, *capsys.readouterr())
-
-    return run
+    return command
 
 
 def test_finished_run_is_reproduced_bit_for_bit_by_id_prefix_folder_and_config(cli, trained):
