@@ -75,6 +75,17 @@ def levels(comparison: Comparison, key: str) -> tuple[str, ...]:
     return tuple(sorted({group.key[index] for group in comparison.groups}, key=level))
 
 
+def places(comparison: Comparison, key: str) -> list[float]:
+    """Where each group stands on the axis of a choice: at its level, beside the others of that level."""
+    index = comparison.by.index(key)
+    found = [0.0] * len(comparison.groups)
+    for place, name in enumerate(levels(comparison, key)):
+        there = [number for number, group in enumerate(comparison.groups) if group.key[index] == name]
+        for rank, number in enumerate(there):
+            found[number] = place + 0.5 * ((rank + 0.5) / len(there) - 0.5)
+    return found
+
+
 def grids(comparison: Comparison) -> list[Grid]:
     """Learning rate by epochs, or the first two choices that there are: a grid for each of the others."""
     pair = _pair(comparison)

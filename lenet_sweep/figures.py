@@ -92,14 +92,13 @@ def _choices(found: Comparison) -> Figure | None:
 
 
 def _draw_choice(axes: Axes, found: Comparison, key: str, names: Sequence[str]) -> None:
-    index, n = found.by.index(key), len(found.groups)
-    for i, group in enumerate(found.groups):
+    for i, (group, x) in enumerate(zip(found.groups, charts.places(found, key), strict=True)):
         if group.final:
             half = 0.0 if group.final.high is None else group.final.high - group.final.mean
-            x = names.index(group.key[index]) + 0.5 * ((i + 0.5) / n - 0.5)
             colour = charts.style(i)[0]
             axes.errorbar(x, group.final.mean, half, fmt="o", ms=4, capsize=2, color=colour)
     axes.set_xticks(range(len(names)), [_text(name) for name in names])
+    axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set(xlabel=comparison.short(key), ylabel=f"final {found.metric}")
     axes.grid(axis="y", alpha=0.3)
 

@@ -117,7 +117,7 @@ def _table(found: Comparison) -> str:
             ", ".join(f"{n} {reason}" for reason, n in group.flags.items()),
         ]
         rows.append((group.verdict, cells))
-    return _html_table(head, rows, numbers=range(len(head) - 9, len(head) - 2))
+    return _html_table(head, rows, numbers=range(len(head) - 9, len(head) - 1))
 
 
 def _speed(found: Comparison) -> str:
@@ -289,24 +289,14 @@ def _heatmap(grid: charts.Grid, found: Comparison, low: float, high: float) -> S
 def _choice(found: Comparison, key: str) -> Spec:
     """Every group's mean over one choice; points of a level stand side by side."""
     names = charts.levels(found, key)
-    index = found.by.index(key)
-    traces = [
-        _point(found, i, group, _beside(i, group, names.index(group.key[index]), found))
-        for i, group in enumerate(found.groups)
-        if group.final
-    ]
+    placed = zip(found.groups, charts.places(found, key), strict=True)
+    traces = [_point(found, i, group, x) for i, (group, x) in enumerate(placed) if group.final]
     ticks = {"tickvals": list(range(len(names))), "ticktext": [_text(name) for name in names]}
     x = {**ticks, "title": {"text": _text(comparison.short(key))}, "range": [-0.5, len(names) - 0.5]}
     layout = {"xaxis": x, "yaxis": {"title": {"text": found.metric}}}
     caption = f"Mean final {found.metric} of each group, with its 95 % interval."
     title = comparison.short(key)
     return {"title": title, "caption": caption, "traces": traces, "layout": layout, "shadow": 0.2}
-
-
-def _beside(number: int, group: Group, level: int, found: Comparison) -> float:
-    """The level's place, moved a little by the group's number so that points do not hide each other."""
-    shown = min(len(found.groups), SHOWN)
-    return level + 0.5 * ((number % shown + 0.5) / shown - 0.5)
 
 
 def _point(found: Comparison, number: int, group: Group, x: float) -> Spec:
@@ -334,7 +324,10 @@ def _cost(found: Comparison) -> Spec:
     ]
     x = {"title": {"text": "seconds of a run, mean"}, "rangemode": "tozero"}
     layout = {"xaxis": x, "yaxis": {"title": {"text": found.metric}}}
-    caption = "Wall-clock time of a whole run; runs that shared a machine slow each other."
+    caption = (
+        "Wall-clock time of a run, without epochs that it took over from a shorter one; "
+        "runs that shared a machine slow each other."
+    )
     return {
         "title": "time and result",
         "caption": caption,

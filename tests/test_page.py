@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -113,7 +114,8 @@ def test_figures_are_the_same_bytes_for_the_same_numbers(tmp_path):
 @pytest.mark.slow
 @pytest.mark.browser
 def test_page_asks_for_nothing_and_logs_nothing_in_a_browser(tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api")
+    from playwright import sync_api as playwright
+
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("needs chromium")
@@ -136,3 +138,21 @@ def test_page_asks_for_nothing_and_logs_nothing_in_a_browser(tmp_path):
             assert len(tab.query_selector_all(".main-svg")) >= 6
         browser.close()
     assert set(heard) == {(tmp_path / "r.html").as_uri()}
+
+
+def test_points_of_a_choice_stand_on_their_level_or_beside_each_other_around_it():
+    alone = compare(runs(n_lr=3, seeds=1), "test/acc")
+    lrs = [group.key[0] for group in alone.groups]
+    assert charts.places(alone, "lr") == [sorted(lrs).index(lr) for lr in lrs]
+
+    longer = [
+        replace(
+            run, name=f"{run.name}l", config_hash=f"{run.config_hash}l", params=run.params | {"epochs": "9"}
+        )
+        for run in runs(seeds=1)
+    ]
+    both = compare([*runs(seeds=1), *longer], "test/acc")
+    by_lr: dict[str, list[float]] = {}
+    for group, place in zip(both.groups, charts.places(both, "lr"), strict=True):
+        by_lr.setdefault(group.key[both.by.index("lr")], []).append(place)
+    assert by_lr == {"0.1": [-0.125, 0.125], "0.2": [0.875, 1.125]}
