@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import statistics
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from benchmarks import tutorial
@@ -99,6 +101,7 @@ _epochs: Iterator[tuple[float | None, float]]
 
 def _start(recipe: Recipe) -> None:
     global _epochs
+    warnings.simplefilter("ignore")  # that four workers are more than there are cores is the point
     _epochs = recipe.epochs()
 
 
@@ -154,7 +157,7 @@ def measure(rounds: int, threads: int) -> tuple[list[Contender], list[float]]:
     for number in range(rounds + 1):
         torch.set_num_threads(threads)
         roofs.append(matmul_rate())
-        for contender in all_of_them:
+        for contender in track(all_of_them, f"round {number} of {rounds}", console=Console(stderr=True)):
             contender.take()
             if number == 0:  # the first epoch pays for imports, caches and clocks
                 contender.forget()
@@ -172,7 +175,9 @@ def table(found: list[Contender], roof: float) -> Table:
         "x tutorial",
         "share of roof",
     ):
-        shown.add_column(heading, justify="left" if heading in ("contender", "network") else "right")
+        shown.add_column(
+            heading, no_wrap=True, justify="left" if heading in ("contender", "network") else "right"
+        )
     for contender in found:
         recipe = contender.recipe
         loops = [c for c in found if c.recipe.model == recipe.model and c.recipe.backend is None]
@@ -207,7 +212,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write every sample there")
     chosen = parser.parse_args()
     found, roofs = measure(chosen.rounds, chosen.threads)
-    Console(width=130).print(table(found, statistics.median(roofs)))
+    Console(width=150).print(table(found, statistics.median(roofs)))
     if chosen.json:
         samples = [asdict(c.recipe) | {"training": c.train_rates, "end_to_end": c.rates} for c in found]
         facts = identity.environment("cpu", chosen.threads, "ladder")

@@ -62,7 +62,7 @@ def restore(
         lines = [journal.parse(line) for line in state["lines"]]
         rates, schedule_state = [float(rate) for rate in state["lr"]], dict(state["schedule"])
         if state["trajectory"] != trajectory:
-            raise Damaged(f"{path}: belongs to another config")
+            raise Damaged(f"{path}: belongs to another config, or to another kind of step")
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{path}: is not a checkpoint ({error})") from error
     weights = _below("network.", tensors)

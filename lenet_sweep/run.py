@@ -148,11 +148,11 @@ def _run(
     previous: Entry | None,
 ) -> Result:
     config_hash, start_ms = tags["config_hash"], int(time.time() * 1000)
-    trajectory = identity.trajectory_hash(config)
     _claim(folder, config)
     try:
         trained, device = prepare(config)
         _introduce(config, device, trained.step, overrides, job)
+        trajectory = _trajectory(config, device, trained.step)
         run_id = _take_over(previous, folder, trained, trajectory) if previous else None
         if previous is None and job and not config.sweep.rerun:
             shorter = ledger.beginning(trajectory, config.epochs)
@@ -315,6 +315,16 @@ def _interrupted(config: Config, config_hash: str) -> Entry | None:
         return None
     result = ledger.read_result(entry.folder)
     return entry if result is None or result.status == "KILLED" else None
+
+
+def _trajectory(config: Config, device: torch.device, step: engine.Step) -> str:
+    """What two runs share if one may go on from the other's state: all but the epochs, and the arithmetic.
+
+    The same config takes torch's step where the compiler is missing; half a run of each would be a
+    number that nobody could have again. torch's sums on a CPU depend on its threads, native ones do not.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" and step.name == "torch" else ""
+    return f"{identity.trajectory_hash(config)}-{device.type}-{step.name}{threads}"
 
 
 def _take_over(previous: Entry, folder: Path, trained: Trained, trajectory: str) -> str | None:

@@ -224,3 +224,20 @@ def test_longer_run_never_goes_on_from_a_run_of_another_config(make_config, tmp_
     job = runs.Job("sweep", 1, 2, "")
     runs.run(make_config(*MINI, "epochs=1", "seed=1"), tmp_path / "short", job=job)
     assert steps_of(job, make_config(*MINI, "epochs=2"), tmp_path / "long", monkeypatch) == 6
+
+
+def test_state_of_the_native_step_is_not_gone_on_from_by_torchs(
+    make_config, tmp_path, monkeypatch, cut_short
+):
+    job = runs.Job("sweep", 1, 2, "")
+    runs.run(make_config(*MINI, "epochs=1"), tmp_path / "short", job=job)
+    with pytest.raises(KeyboardInterrupt):
+        cut_short(make_config(*MINI, "epochs=3"), tmp_path / "interrupted", 2)
+    monkeypatch.setenv("PATH", "")  # no compiler any more
+    monkeypatch.delenv("CXX", raising=False)
+    steps, gradients = [], engine.Autograd.gradients
+    monkeypatch.setattr(engine.Autograd, "gradients", lambda *a: steps.append(1) or gradients(*a))
+    runs.run(make_config(*MINI, "epochs=2"), tmp_path / "long", job=job)
+    assert len(steps) == 2 * 3
+    runs.run(make_config(*MINI, "epochs=3"), tmp_path / "resumed")
+    assert len(steps) == 2 * 3 + 3 * 3
