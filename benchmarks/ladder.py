@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks import tutorial
 from lenet_sweep import engine, identity, run, shapes
 from lenet_sweep.cli import to_config
-from lenet_sweep.config import CLASSES, IMAGE_SHAPE, Config, ModelConfig
+from lenet_sweep.config import CLASSES, IMAGE_SHAPE, Config
 from lenet_sweep.paths import conf_dir
 
 EXAMPLES = 60_000
@@ -118,23 +118,6 @@ def contenders(threads: int) -> list[Contender]:
     return [Contender(recipe) for recipe in recipes]
 
 
-def training_flops(config: ModelConfig) -> int:
-    """Floating-point operations of one example's step: forward, gradients of weights and of inputs.
-
-    The gradient of the images themselves is not taken.
-    """
-    products = []
-    for layer in shapes.layers(config, IMAGE_SHAPE, CLASSES):
-        outputs = 1
-        for extent in layer.output_shape:
-            outputs *= extent
-        if layer.kind == "conv":
-            products.append(outputs * layer.input_shape[0] * config.kernel_size**2)
-        elif layer.kind == "linear":
-            products.append(outputs * layer.input_shape[0])
-    return 2 * (3 * sum(products) - products[0])
-
-
 def matmul_rate(size: int = 2048) -> float:
     """FLOP/s of a float32 matrix product, best of a few."""
     a, b, c = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
@@ -182,7 +165,7 @@ def table(found: list[Contender], roof: float) -> Table:
         recipe = contender.recipe
         loops = [c for c in found if c.recipe.model == recipe.model and c.recipe.backend is None]
         base = max(statistics.median(loop.rates) for loop in loops)
-        flops = training_flops(_config(f"model={MODELS[recipe.model][0]}").model)
+        flops = shapes.training_flops(_config(f"model={MODELS[recipe.model][0]}").model, IMAGE_SHAPE, CLASSES)
         trained = statistics.median(contender.train_rates or contender.rates)
         shown.add_row(
             recipe.name,

@@ -38,7 +38,7 @@ from lenet_sweep.paths import check_writable, conf_dir
 if TYPE_CHECKING:
     from lenet_sweep.comparison import Comparison
     from lenet_sweep.ledger import Result
-    from lenet_sweep.run import Job
+    from lenet_sweep.plan import Job
     from lenet_sweep.selection import Selection
 
 _DIFFERENT = 3
@@ -316,9 +316,9 @@ class _Carried(BaseException):
 def _planned(composed: DictConfig, hydra_config: HydraConf) -> tuple[Config, "Job"]:
     """The job's config and its place in the sweep, both from the plan if our sweeper left one.
 
-    Other launchers compose a job when it starts; a file edited since then must not change it.
+    Stock launchers compose a job when it starts; a file edited since then must not change it.
     """
-    from lenet_sweep.run import Job
+    from lenet_sweep.plan import Job
 
     folder, number = Path(hydra_config.sweep.dir), int(hydra_config.job.num)
     plan = read_plan(folder)

@@ -20,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lenet_sweep import shapes
-from lenet_sweep.config import CLASSES, IMAGE_SHAPE, ModelConfig
+from lenet_sweep.config import CLASSES, IMAGE_SHAPE, Config, ModelConfig
 from lenet_sweep.paths import PACKAGE, atomic_path
 
 SOURCE = PACKAGE / "native.cpp"
@@ -84,6 +84,15 @@ def compile_ahead(config: ModelConfig) -> None:
             library(config)
 
     threading.Thread(target=compile_quietly, daemon=True).start()
+
+
+def is_likely(config: Config) -> bool:
+    """Whether this config's step will be a compiled one: what can be said without compiling."""
+    if config.backend == "torch" or config.precision.amp:
+        return False
+    with suppress(Unavailable):
+        return bool(_compiler())
+    return False
 
 
 def _definitions(config: ModelConfig) -> list[str]:

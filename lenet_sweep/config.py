@@ -203,6 +203,8 @@ class NoTrackingConfig:
 class SweepConfig:
     """How a sweep is carried out; changes no result."""
 
+    workers: Annotated[int, Range(1, 1024)] | Literal["auto"]
+    fuse: Annotated[int, Range(1, 4096)] | Literal["auto", "off"]
     rerun: bool
     dry_run: bool
     fail_fast: bool

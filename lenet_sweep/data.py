@@ -3,6 +3,7 @@
 Shape suffixes: N examples, C channels (1), H height (28), W width (28).
 """
 
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,30 +73,31 @@ def scaled(images_NCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def read_idx(path: Path) -> Tensor:
-    """Read a file of LeCun's IDX format (http://yann.lecun.com/exdb/mnist) that holds uint8 values.
+    """The uint8 values of a file of LeCun's IDX format (http://yann.lecun.com/exdb/mnist).
+
+    They are mapped from the file, not read: all processes that use it share one copy in memory.
 
     Raises:
         DataError: if the file cannot be read, is of another kind, or is shorter or longer than its
             header says.
     """
     try:
-        content = path.read_bytes()
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(4 + 4 * 255)  # the longest header there can be
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(content) < 4 or content[:3] != b"\0\0\x08":
-        raise DataError(f"{path}: not an IDX file of bytes (it starts with {content[:4].hex() or 'nothing'})")
-    header = 4 + 4 * content[3]
-    if len(content) < header:
-        raise DataError(f"{path}: cut off inside its header ({len(content)} bytes)")
-    shape = struct.unpack(f">{content[3]}I", content[4:header])
-    size = 1
-    for extent in shape:
-        size *= extent
-    if len(content) - header != size or size == 0:
-        raise DataError(
-            f"{path}: its header promises {size} values {shape}, but {len(content) - header} follow"
-        )
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(shape)
+    if len(start) < 4 or start[:3] != b"\0\0\x08":
+        raise DataError(f"{path}: not an IDX file of bytes (it starts with {start[:4].hex() or 'nothing'})")
+    header = 4 + 4 * start[3]
+    if len(start) < header:
+        raise DataError(f"{path}: cut off inside its header ({len(start)} bytes)")
+    shape = struct.unpack(f">{start[3]}I", start[4:header])
+    values = math.prod(shape)
+    if size - header != values or values == 0:
+        raise DataError(f"{path}: its header promises {values} values {shape}, but {size - header} follow")
+    # Not shared: what somebody wrote into the tensor would stay in this process.
+    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[header:].reshape(shape)
 
 
 def _read(folder: Path, prefix: str) -> Split:

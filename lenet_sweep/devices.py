@@ -21,7 +21,7 @@ def resolve(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = device.index or 0
+        index = _preferred_gpu if device.index is None else device.index
         if index >= count:
             here = ", ".join(f"cuda:{i}" for i in range(count)) or "none"
             raise DeviceError(
@@ -32,6 +32,13 @@ def resolve(name: str) -> torch.device:
     if device.type == "mps" and not torch.mps.is_available():
         raise DeviceError("device='mps': torch sees no Apple GPU here; use device=auto or device=cpu")
     return device
+
+
+def prefer_gpu(index: int) -> None:
+    """Take this one of the GPUs, counted round, where a config leaves open which."""
+    global _preferred_gpu
+    if torch.cuda.is_available():
+        _preferred_gpu = index % torch.cuda.device_count()
 
 
 def describe(device: torch.device) -> str:
@@ -81,3 +88,4 @@ def keep_freed_memory() -> None:
 
 
 _default_threads = torch.get_num_threads()
+_preferred_gpu = 0

@@ -2,7 +2,7 @@
 
 Row r of every tensor belongs to run r. `gradient_step` and the optimizers are written for a single
 run, as functions without side effects, and `torch.func.vmap` carries them out for all rows at once.
-Runs may differ in seed, number of epochs, schedule and all numbers of the optimizer (`group_key`
+Runs may differ in seed, number of epochs, schedule and all numbers of the optimizer (`plan.array_key`
 says what must agree), and come out as if each had been trained alone, but for rounding. On a GPU,
 where LeNet alone leaves most of the device idle, the array costs little more than one run.
 
@@ -13,9 +13,9 @@ N examples, C channels, H height, W width (after N and C), K classes.
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import psutil
@@ -56,24 +56,15 @@ class Member:
     stopped: bool = False
 
 
-def group_key(config: Config) -> Hashable:
-    """Configs with equal keys can be trained as members of one array.
+class Part(engine.Autograd):
+    """A member's own step, outside of the array: it evaluates, and names the arithmetic."""
 
-    What may differ is what each run has for itself: lr, the optimizer's other numbers, schedule,
-    epochs, initial weights and seed; the seed only where it does not choose the examples.
-    """
-    chosen_by_seed = config.data.val_size > 0 or config.data.train_size is not None
-    return (
-        config.batch_size,
-        config.device,
-        config.backend,
-        config.threads,
-        config.precision,
-        config.data,
-        replace(config.model, name="", init="pytorch"),
-        type(config.optimizer),
-        config.seed if chosen_by_seed else None,
-    )
+    name = "fused"
+
+
+def step(config: Config, network: nn.Sequential, device: torch.device) -> tuple[engine.Step, None]:
+    """What `engine.choose_step` is for a run by itself."""
+    return Part(network, config.precision.amp), None
 
 
 def width(device: torch.device, network: nn.Sequential, batch_size: int) -> int:
@@ -114,7 +105,7 @@ def train(
     the array after their last epoch, when they are `stopped`, or when their loss is no longer a
     finite number: that yields a `RunFailed` in place of metrics, and the others go on.
 
-    All members must agree in `group_key`, their tensors lie on the data's device and have one
+    All members must agree in `plan.array_key`, their tensors lie on the data's device and have one
     floating type. `examples_per_s` counts the member's own examples, so the array's throughput is
     the sum over members; `epoch_s` is the time of the whole array's epoch. `on_point` is called
     with the member's index, five times an epoch.

@@ -9,6 +9,7 @@ import platform
 import socket
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lenet_sweep import config as configs
@@ -121,6 +122,18 @@ def uncommitted_diff() -> str | None:
     if len(diff) > _DIFF_LENGTH:
         return f"{diff[:_DIFF_LENGTH]}\n[cut here: the whole diff has {len(diff)} characters]\n"
     return f"{diff}\n"
+
+
+def gpus() -> int:
+    """How many CUDA GPUs this machine lets us use, as far as can be seen without torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    here = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return here if visible is None else min(here, len([name for name in visible.split(",") if name.strip()]))
+
+
+def trains_on_gpu(config: Config) -> bool:
+    """Whether this config will be trained on a CUDA GPU here."""
+    return config.device.startswith("cuda") or (config.device == "auto" and gpus() > 0)
 
 
 def environment(device: str, threads: int, backend: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from lenet_sweep import compiler, sources, tracking
+from lenet_sweep import compiler, identity, sources, tracking
 from lenet_sweep.config import Config, MlflowConfig, NoTrackingConfig
 from lenet_sweep.paths import check_writable
 
@@ -35,8 +35,7 @@ def check(configs: Iterable[Config], folder: Path, say: Callable[[str], None]) -
 
 def _compile_ahead(config: Config) -> None:
     """The first run's step compiles while torch is imported; a GPU, where there is one, needs none."""
-    on_cpu = config.device == "cpu" or (config.device == "auto" and not Path("/dev/nvidiactl").exists())
-    if on_cpu and config.backend != "torch" and not config.precision.amp:
+    if compiler.is_likely(config) and not identity.trains_on_gpu(config):
         compiler.compile_ahead(config.model)
 
 

@@ -1,13 +1,20 @@
-"""What a user sees while a run trains: a live bar on a terminal, one plain line an epoch elsewhere."""
+"""What a user sees while runs train: a live line for each on a terminal, plain lines elsewhere.
 
+Runs speak to an audience. It is this process's screen, unless `audience` puts another in its place:
+a sweep's screen adds a line of totals, and a worker process passes everything on to the sweep's.
+"""
+
+import contextlib
 import logging
 import os
 import sys
+import time
+from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 
 from lenet_sweep.shapes import Layer
 
@@ -15,6 +22,148 @@ if TYPE_CHECKING:  # engine imports torch, and a table needs none
     from lenet_sweep.engine import CurvePoint, EpochMetrics
 
 log = logging.getLogger("lenet_sweep")
+
+
+class Audience(Protocol):
+    """Who is told about runs; `run` is a run's label among others, '' for a single one."""
+
+    def line(self, text: str) -> None: ...
+    def detail(self, text: str) -> None:
+        """A line for those who see no live one."""
+
+    def reached(self, run: str, epoch: float, epochs: int, numbers: str) -> None: ...
+    def left(self, run: str) -> None:
+        """The run trains no longer, for whatever reason."""
+
+    def ended(self, run: str, failed: bool) -> None:
+        """Nothing more will be heard of this job of a sweep, also if it never trained."""
+
+
+class Screen:
+    """Standard output: a live line for each run that trains, if it is a terminal."""
+
+    def __init__(self) -> None:
+        self._live: Progress | None = None
+        self._rows: dict[str, TaskID] = {}
+
+    def line(self, text: str) -> None:
+        screen = self._live.console if self._live else console()
+        screen.print(text, markup=False, soft_wrap=True)
+
+    def detail(self, text: str) -> None:
+        if not self._live:
+            self.line(text)
+
+    def reached(self, run: str, epoch: float, epochs: int, numbers: str) -> None:
+        self._start()
+        if not self._live:
+            return
+        if run not in self._rows:
+            self._rows[run] = self._live.add_task(run, total=epochs, about="", numbers="")
+        about = f"epoch {min(int(epoch) + 1, epochs)}/{epochs}"
+        self._live.update(self._rows[run], completed=epoch, about=about, numbers=numbers)
+
+    def left(self, run: str) -> None:
+        if self._live and run in self._rows:
+            self._live.remove_task(self._rows.pop(run))
+            if not self._rows:
+                self._stop()
+
+    def ended(self, run: str, failed: bool) -> None:
+        pass
+
+    def _start(self) -> None:
+        screen = console()
+        if self._live or not screen.is_terminal:
+            return
+        # Runs of a sweep come and go; what is left is judged by more than the last of them.
+        self._live = Progress(*_columns(), console=screen, transient=True, speed_estimate_period=120)
+        self._live.start()
+
+    def _stop(self) -> None:
+        if self._live:
+            self._live.stop()
+            self._live, self._rows = None, {}
+
+
+class SweepScreen(Screen):
+    """A screen with a line of totals, live or after each job: how many are done, failed, time left."""
+
+    def __init__(self, costs: Mapping[str, float]) -> None:
+        """`costs` has every job, and how many epochs are left for it to train."""
+        super().__init__()
+        self._costs = costs
+        self._first: dict[str, float] = {}  # where a job that trains now began, in epochs
+        self._shares: dict[str, float] = {}  # of each job, how much of its cost is done
+        self._ended = self._failed = 0
+        self._started = time.monotonic()
+
+    def __enter__(self) -> "SweepScreen":
+        self._start()
+        if self._live:
+            self._totals = self._live.add_task("", total=sum(self._costs.values()), about="", numbers="")
+            self._count()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def reached(self, run: str, epoch: float, epochs: int, numbers: str) -> None:
+        super().reached(run, epoch, epochs, numbers)
+        first = self._first.setdefault(run, epoch)
+        self._shares[run] = (epoch - first) / (epochs - first) if first < epochs else 1.0
+        self._count()
+
+    def left(self, run: str) -> None:
+        if self._live and run in self._rows:
+            self._live.remove_task(self._rows.pop(run))
+
+    def ended(self, run: str, failed: bool) -> None:
+        self._ended += 1
+        self._failed += failed
+        self._shares[run] = 1.0
+        self._count()
+        if not self._live and self._ended < len(self._costs):
+            self.line(f"{self._so_far()}{self._time_left()}")
+
+    def _count(self) -> None:
+        if self._live:
+            self._live.update(self._totals, completed=self._done(), about=self._so_far())
+
+    def _done(self) -> float:
+        return sum(self._costs[run] * share for run, share in self._shares.items() if run in self._costs)
+
+    def _so_far(self) -> str:
+        failed = f", {self._failed} failed" if self._failed else ""
+        return f"{self._ended} of {len(self._costs)} runs{failed}"
+
+    def _time_left(self) -> str:
+        done, seconds = self._done(), time.monotonic() - self._started
+        if not done:
+            return ""
+        left = round(seconds * (sum(self._costs.values()) - done) / done)
+        return f", about {left // 60}:{left % 60:02} left"
+
+
+_audience: Audience = Screen()
+
+
+@contextlib.contextmanager
+def audience(other: Audience) -> Iterator[None]:
+    """Tell another audience for a while."""
+    global _audience
+    before, _audience = _audience, other
+    try:
+        yield
+    finally:
+        _audience = before
+
+
+def current() -> Audience:
+    """Who is told now."""
+    return _audience
 
 
 def console() -> Console:
@@ -29,10 +178,16 @@ class _Console(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def say(line: str) -> None:
-    """Print a line for the user and keep it in the run's log file."""
-    console().print(line, markup=False, soft_wrap=True)
+def say(line: str, run: str = "") -> None:
+    """Print a line for the user, about `run` if that is named, and keep it in the run's log file."""
+    line = f"{run}: {line}" if run else line
+    _audience.line(line)
     log.info("%s", line)
+
+
+def ended(run: str, failed: bool) -> None:
+    """Count a job of a sweep as done."""
+    _audience.ended(run, failed)
 
 
 def layer_table(layers: list[Layer]) -> str:
@@ -52,53 +207,43 @@ def epoch_line(metrics: "EpochMetrics", epochs: int) -> str:
 
 
 class Watch:
-    """Shows the progress of one run; used as a context manager around its training."""
+    """Tells the audience how far one run is; used as a context manager around its training."""
 
-    def __init__(self, epochs: int, label: str) -> None:
-        """`label` names the run among others ('[2/3] lr=0.5'); '' for a single one."""
-        self._epochs = epochs
-        self._label = f"{label}  " if label else ""
-        self._numbers = ""
-        screen = console()
-        self._bar = Progress(*_columns(), console=screen, transient=True) if screen.is_terminal else None
-        if self._bar:
-            self._task = self._bar.add_task(self._label, total=epochs, epoch=f"epoch 1/{epochs}", numbers="")
+    def __init__(self, epochs: int, run: str, done: int = 0) -> None:
+        """`run` names it among others ('[2/3] lr=0.5'), '' for a single one; `done` are epochs behind it."""
+        self._epochs, self._run, self._done = epochs, run, done
+        self._last = ""  # what the last whole epoch showed
 
     def __enter__(self) -> "Watch":
-        if self._bar:
-            self._bar.start()
+        _audience.reached(self._run, self._done, self._epochs, "")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar:
-            self._bar.stop()
+        _audience.left(self._run)
 
     def point(self, point: "CurvePoint") -> None:
         """A fifth of an epoch is done."""
-        if self._bar:
-            numbers = f"loss {point.train_loss:.3f}  acc {point.train_acc:.3f}  {self._numbers}"
-            self._bar.update(self._task, completed=point.epoch, numbers=numbers)
+        self._reached(point.epoch, point.train_loss, point.train_acc)
 
     def epoch(self, metrics: "EpochMetrics") -> None:
         """An epoch is done."""
-        line = self._label + epoch_line(metrics, self._epochs)
-        if not self._bar:
-            say(line)
-            return
+        line = f"{self._run}  {epoch_line(metrics, self._epochs)}".lstrip()
         log.info("%s", line)
-        self._numbers = f"test acc {metrics.test_acc:.3f}  {metrics.examples_per_s:,.0f} examples/s"
-        numbers = f"loss {metrics.train_loss:.3f}  acc {metrics.train_acc:.3f}  {self._numbers}"
-        coming = min(metrics.epoch + 1, self._epochs)
-        self._bar.update(
-            self._task, completed=metrics.epoch, epoch=f"epoch {coming}/{self._epochs}", numbers=numbers
-        )
+        _audience.detail(line)
+        self._last = f"test acc {metrics.test_acc:.3f}  {metrics.examples_per_s:,.0f} examples/s"
+        self._reached(metrics.epoch, metrics.train_loss, metrics.train_acc)
+
+    def _reached(self, epoch: float, loss: float, accuracy: float) -> None:
+        numbers = f"loss {loss:.3f}  acc {accuracy:.3f}  {self._last}"
+        _audience.reached(self._run, epoch, self._epochs, numbers)
 
 
 def _columns() -> list[ProgressColumn]:
     return [
-        TextColumn("{task.description}{task.fields[epoch]}", markup=False),
+        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.fields[about]}", markup=False),
         BarColumn(bar_width=20),
         TextColumn("{task.fields[numbers]}", markup=False),
         TimeRemainingColumn(compact=True),

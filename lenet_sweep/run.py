@@ -22,7 +22,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from lenet_sweep import (
     checkpoint,
     devices,
     engine,
+    fused,
     identity,
     ledger,
     model,
@@ -51,24 +52,38 @@ from lenet_sweep.errors import LenetSweepError, OutputError, RunFailed, Tracking
 from lenet_sweep.journal import Line
 from lenet_sweep.ledger import Entry, Result
 from lenet_sweep.paths import atomic_path, write_atomic
+from lenet_sweep.plan import Job
 from lenet_sweep.randomness import generator
 
 log = logging.getLogger(__name__)
 
 _CHECKPOINT = "checkpoint.safetensors"
 
+ChooseStep = Callable[[Config, nn.Sequential, torch.device], tuple[engine.Step, str | None]]
+
 
 @dataclass(frozen=True)
-class Job:
-    """A run's place in a sweep: `number` counts from 1; `total` is None where nobody knows it.
+class Order:
+    """A run that is to be trained: its config, where it goes, and what the user typed to get it."""
 
-    `label` says what tells the run from the others, as in "lr=0.1 seed=2".
-    """
+    config: Config
+    folder: Path
+    overrides: tuple[str, ...] = ()
+    job: Job | None = None
+    origin: str | None = None
 
-    sweep_id: str
-    number: int
-    total: int | None
-    label: str
+    @property
+    def name(self) -> str:
+        """The run's name among others: what was overridden and can change a number."""
+        telling = [
+            o for o in self.overrides if not o.startswith(("tracking", "data.root", "sweep.", "hydra"))
+        ]
+        return " ".join(telling)[:250]
+
+    @property
+    def label(self) -> str:
+        """'[2/3] lr=0.5' for a job of a sweep, '' for a single run."""
+        return self.job.long_label if self.job else ""
 
 
 @dataclass
@@ -105,61 +120,260 @@ def run(
     that this one is a variant of.
 
     Raises:
-        OutputError: if `folder` holds a run already or cannot be written.
+        OutputError: if `folder` holds another run already or cannot be written.
         DataError, DeviceError, TrackingError: if the run cannot start.
         RunFailed: if it started and did not reach its end; its status is then FAILED.
     """
-    config_hash = identity.config_hash(config)
-    name = _name(overrides) or config.model.name
-    with ledger.claim(config_hash, lambda: progress.say(f"{name}: another process trains it; waiting")):
-        if job and not config.sweep.rerun:
-            done = _finished(config, config_hash)
-            if done:
-                progress.say(f"{_label(job)}: finished before, not trained again")
-                return done
-        previous = None if config.sweep.rerun else _interrupted(config, config_hash)
-        return _run(config, folder, overrides, _tags(config_hash, job, origin), job, previous)
+    order = Order(config, folder, overrides, job, origin)
+    with _claimed(order):
+        if done := _done_before(order):
+            return done
+        with _recorded(order) as running:
+            trained = running.trained
+            epochs = engine.train(
+                trained.step,
+                trained.optimizer,
+                trained.schedule,
+                trained.data,
+                epochs=config.epochs,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                first_epoch=len(trained.lines) + 1,
+                on_point=running.watch.point,
+            )
+            while not running.is_done:
+                running.record(next(epochs))
+        return running.result
 
 
-def prepare(config: Config) -> tuple[Trained, torch.device]:
+def run_array(orders: Sequence[Order]) -> list[Result | LenetSweepError]:
+    """Train jobs that `plan.array_key` finds alike as one array; each leaves what `run` would leave.
+
+    Returns, in order, what `run` would have returned or raised. As many are trained at once as the
+    device has memory for.
+    """
+    ends: dict[int, Result | LenetSweepError] = {}
+    with contextlib.ExitStack() as claims:
+        # In one order everywhere, or two processes could wait for each other for ever.
+        for order in sorted(orders, key=lambda order: identity.config_hash(order.config)):
+            claims.enter_context(_claimed(order))
+        for place, order in enumerate(orders):
+            if done := _done_before(order):
+                ends[place] = done
+        left = [place for place in range(len(orders)) if place not in ends]
+        while left:
+            ends |= _train_array({place: orders[place] for place in left})
+            left = [place for place in left if place not in ends]
+    return [ends[place] for place in range(len(orders))]
+
+
+def prepare(
+    config: Config,
+    step: ChooseStep = engine.choose_step,
+    data: datasets.Data | None = None,
+) -> tuple[Trained, torch.device]:
     """Everything that training starts from, on the device that the config asks for.
+
+    `step` chooses how gradients are taken; `data` is the config's if it is at hand already.
 
     Raises:
         DataError, DeviceError: if this machine has not what it takes.
     """
     device = devices.resolve(config.device)
     devices.set_arithmetic(config.threads, config.precision)
-    data = datasets.load(config.data, config.seed, device, progress.say)
+    data = data or datasets.load(config.data, config.seed, device, progress.say)
     network = model.build(config.model, generator(config.seed, "init")).to(device)
-    step, why_slow = engine.choose_step(config, network, device)
+    chosen, why_slow = step(config, network, device)
     if why_slow:
         progress.say(why_slow)
     optimizer = optim.optimizer(config.optimizer, network.parameters())
     schedule = optim.schedule(config.schedule, optimizer, config.epochs)
-    return Trained(data, step, optimizer, schedule, []), device
+    return Trained(data, chosen, optimizer, schedule, []), device
 
 
-def _run(
-    config: Config,
-    folder: Path,
-    overrides: tuple[str, ...],
-    tags: dict[str, str],
-    job: Job | None,
-    previous: Entry | None,
-) -> Result:
-    config_hash, start_ms = tags["config_hash"], int(time.time() * 1000)
-    _claim(folder, config)
+class _Running:
+    """A run while it trains: takes its epochs, keeps and tracks them, and knows when it is done."""
+
+    def __init__(
+        self,
+        order: Order,
+        trained: Trained,
+        device: torch.device,
+        trajectory: str,
+        tracked: tracking.Run,
+        watch: progress.Watch,
+    ) -> None:
+        self.order, self.trained, self.device, self.watch = order, trained, device, watch
+        self.trajectory, self.tracked = trajectory, tracked
+        self.result: Result  # there when the run has ended
+        self._journal = open(order.folder / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+        for line in trained.lines:
+            self._write_down(line)
+
+    @property
+    def is_done(self) -> bool:
+        if not self.trained.lines:
+            return False
+        config, last = self.order.config, self.trained.last
+        reached = config.target_loss is not None and last.train_loss < config.target_loss
+        return reached or last.epoch == config.epochs
+
+    def record(self, metrics: EpochMetrics) -> None:
+        """Keep the state after an epoch, write its metrics down, track and show them."""
+        trained = self.trained
+        trained.lines.append(Line(metrics, _now_ms(trained.lines)))
+        # First the checkpoint: what is tracked must never be more than a resumed run knows of.
+        checkpoint.save(
+            self.order.folder / _CHECKPOINT,
+            trained.network,
+            trained.optimizer,
+            trained.schedule,
+            self.trajectory,
+            trained.lines,
+        )
+        self._write_down(trained.lines[-1])
+        self.watch.epoch(metrics)
+
+    def close(self) -> None:
+        self._journal.close()
+
+    def _write_down(self, line: Line) -> None:
+        self._journal.write(line.dump() + "\n")
+        self._journal.flush()
+        self.tracked.log(line.metrics.epoch, line.named(), line.time_ms)
+
+
+def _train_array(orders: dict[int, Order]) -> dict[int, Result | LenetSweepError]:
+    """Train as many of `orders` at once as there is room for, at least one; return how those ended."""
+    opened: dict[int, _Opened] = {}
+    ends: dict[int, Result | LenetSweepError] = {}
     try:
-        trained, device = prepare(config)
-        _introduce(config, device, trained.step, overrides, job)
+        room, data = 1, None
+        for place, order in orders.items():
+            if len(opened) == room:
+                break
+            try:
+                opened[place] = _Opened(_recorded(order, fused.step, data))
+            except LenetSweepError as error:
+                ends[place] = error
+                continue
+            if data is None:
+                first = opened[place].running
+                data = first.trained.data
+                room = fused.width(first.device, first.trained.network, order.config.batch_size)
+        if data:
+            _feed(opened, data, ends)
+    except (LenetSweepError, OSError, RuntimeError, MemoryError) as error:
+        ends |= {place: opened[place].close(error) for place in opened if place not in ends}
+    except BaseException as error:
+        for place in opened.keys() - ends.keys():
+            opened[place].close(error)
+        raise
+    return ends
+
+
+class _Opened:
+    """A run whose training is not a block of code: `_recorded`, entered here and left by `close`."""
+
+    def __init__(self, recorded: contextlib.AbstractContextManager[_Running]) -> None:
+        self._recorded = recorded
+        self.running = recorded.__enter__()
+
+    def close(self, error: BaseException | None = None) -> Result | LenetSweepError:
+        """End the run, by `error` if there is one, and return what `run` would have returned or raised."""
+        try:
+            self._recorded.__exit__(type(error) if error else None, error, None)
+        except LenetSweepError as failure:
+            return failure
+        return self.running.result if error is None else RunFailed(_reason(error))
+
+
+def _feed(opened: dict[int, _Opened], data: datasets.Data, ends: dict[int, Result | LenetSweepError]) -> None:
+    """Train all that is opened as one array, and close each run when it ends."""
+    for place in opened:
+        if opened[place].running.is_done:
+            ends[place] = opened[place].close()
+    places = [place for place in opened if place not in ends]
+    runnings = [opened[place].running for place in places]
+    members = [
+        fused.Member(
+            running.trained.network,
+            running.trained.optimizer,
+            running.trained.schedule,
+            seed=running.order.config.seed,
+            epochs=running.order.config.epochs,
+            first_epoch=len(running.trained.lines) + 1,
+        )
+        for running in runnings
+    ]
+    if not members:
+        return
+    config = runnings[0].order.config
+    for index, outcome in fused.train(
+        members,
+        data,
+        batch_size=config.batch_size,
+        amp=config.precision.amp,
+        on_point=lambda index, point: runnings[index].watch.point(point),
+    ):
+        try:
+            if isinstance(outcome, RunFailed):
+                raise outcome
+            runnings[index].record(outcome)
+        except (RunFailed, OSError) as error:  # a full disk, say: the others go on
+            ends[places[index]] = opened[places[index]].close(error)
+            members[index].stopped = True
+        else:
+            if runnings[index].is_done:
+                ends[places[index]] = opened[places[index]].close()
+                members[index].stopped = True
+
+
+def _claimed(order: Order) -> contextlib.AbstractContextManager[None]:
+    """Be the only process that trains this config; wait for another that does."""
+    name = order.name or order.config.model.name
+    return ledger.claim(
+        identity.config_hash(order.config),
+        lambda: progress.say(f"{name}: another process trains it; waiting"),
+    )
+
+
+def _done_before(order: Order) -> Result | None:
+    """The result of a job of a sweep that need not be trained again."""
+    if order.job is None or order.config.sweep.rerun:
+        return None
+    done = _finished(order.config, identity.config_hash(order.config))
+    if done:
+        progress.say("finished before, not trained again", order.label)
+    return done
+
+
+@contextlib.contextmanager
+def _recorded(
+    order: Order, step: ChooseStep = engine.choose_step, data: datasets.Data | None = None
+) -> Iterator[_Running]:
+    """Start a run, have it trained by the block, and record how that ends, whatever ends it.
+
+    Raises:
+        OutputError, DataError, DeviceError, TrackingError: if it cannot start.
+        RunFailed: for an error in the block of the kind that a run can meet, its reason in words.
+    """
+    config, folder = order.config, order.folder
+    config_hash, start_ms = identity.config_hash(config), int(time.time() * 1000)
+    previous = None if config.sweep.rerun else _interrupted(config, config_hash)
+    _claim_folder(folder, config)
+    try:
+        trained, device = prepare(config, step, data)
+        _introduce(order, device, trained.step)
         trajectory = _trajectory(config, device, trained.step)
-        run_id = _take_over(previous, folder, trained, trajectory) if previous else None
-        if previous is None and job and not config.sweep.rerun:
+        run_id = _take_over(previous, order, trained, trajectory) if previous else None
+        if previous is None and order.job and not config.sweep.rerun:
             shorter = ledger.beginning(trajectory, config.epochs)
             if shorter:  # its MLflow run is another's
-                _take_over(shorter, folder, trained, trajectory)
+                _take_over(shorter, order, trained, trajectory)
         _describe_surroundings(folder, device, trained.step)
-        name = f"{_name(overrides) or config.model.name} #{config_hash[:6]}"
+        name = f"{order.name or config.model.name} #{config_hash[:6]}"
+        tags = _tags(config_hash, order.job, order.origin)
         tracked = tracking.open_run(config.tracking, folder, name, tags, start_ms, run_id)
     except (LenetSweepError, OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):  # the error itself may be a full disk
@@ -167,27 +381,29 @@ def _run(
         raise
     # From here on a run that is cut short is found, with its checkpoint, in the new folder.
     ledger.enter(config_hash, Entry(folder, _store(config), tracked.run_id))
-    if previous:
+    if previous and previous.folder.absolute() != folder.absolute():
         (previous.folder / _CHECKPOINT).unlink(missing_ok=True)
 
-    with _recorded(trained, tracked, folder, config_hash) as ends:
-        _train(config, trajectory, trained, folder, tracked, _label(job))
+    with (
+        _ended(trained, tracked, folder, config_hash) as ends,
+        progress.Watch(config.epochs, order.label, len(trained.lines)) as watch,
+        contextlib.closing(_Running(order, trained, device, trajectory, tracked, watch)) as running,
+    ):
+        with _profiler(folder, device) if config.profile else contextlib.nullcontext():
+            yield running
         _save(config, trained, folder)
-    (result,) = ends
+    (running.result,) = ends
     with contextlib.suppress(OSError):  # a full disk costs a longer run its head start, nothing else
         if identity.is_bound_to_its_end(config):
             (folder / _CHECKPOINT).unlink(missing_ok=True)
         else:
             ledger.enter_trajectory(trajectory, config.epochs, Entry(folder, None, None))
-    _last_words(result, trained.last, device, folder, tracked, job)
-    return result
+    _last_words(running)
 
 
 @contextlib.contextmanager
-def _recorded(
-    trained: Trained, tracked: tracking.Run, folder: Path, config_hash: str
-) -> Iterator[list[Result]]:
-    """Record how the block ends, whatever ends it; the list then holds the result.
+def _ended(trained: Trained, tracked: tracking.Run, folder: Path, config_hash: str) -> Iterator[list[Result]]:
+    """Record how the block ends; the list then holds the result.
 
     Raises:
         RunFailed: for an error of the kind that a run can meet, with its reason in words.
@@ -233,64 +449,6 @@ def _end(result: Result, tracked: tracking.Run, folder: Path) -> None:
         ledger.mark_synced(folder)
 
 
-def _train(
-    config: Config,
-    trajectory: str,
-    trained: Trained,
-    folder: Path,
-    tracked: tracking.Run,
-    label: str,
-) -> None:
-    """Train on; after every epoch keep the state, write the metrics down, track and show them."""
-
-    def write_down(line: Line) -> None:
-        journal.write(line.dump() + "\n")
-        journal.flush()
-        tracked.log(line.metrics.epoch, line.named(), line.time_ms)
-
-    with (
-        progress.Watch(config.epochs, label) as watch,
-        open(folder / "metrics.jsonl", "w", encoding="utf-8") as journal,
-        _profiler(folder, trained.data.train.labels_N.device) if config.profile else contextlib.nullcontext(),
-    ):
-        for line in trained.lines:
-            write_down(line)
-        if _is_done(config, trained):
-            return
-        for metrics in engine.train(
-            trained.step,
-            trained.optimizer,
-            trained.schedule,
-            trained.data,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            first_epoch=len(trained.lines) + 1,
-            on_point=watch.point,
-        ):
-            trained.lines.append(Line(metrics, _now_ms(trained.lines)))
-            # First the checkpoint: what is tracked must never be more than a resumed run knows of.
-            checkpoint.save(
-                folder / _CHECKPOINT,
-                trained.network,
-                trained.optimizer,
-                trained.schedule,
-                trajectory,
-                trained.lines,
-            )
-            write_down(trained.lines[-1])
-            watch.epoch(metrics)
-            if _is_done(config, trained):
-                return
-
-
-def _is_done(config: Config, trained: Trained) -> bool:
-    if not trained.lines:
-        return False
-    reached = config.target_loss is not None and trained.last.train_loss < config.target_loss
-    return reached or trained.last.epoch == config.epochs
-
-
 def _is_collapsed(metrics: EpochMetrics) -> bool:
     """Whether the epoch was no better than guessing: a network that is stuck, without any NaN."""
     at_chance = abs(metrics.train_acc - 1 / CLASSES) < 0.02
@@ -327,8 +485,8 @@ def _trajectory(config: Config, device: torch.device, step: engine.Step) -> str:
     return f"{identity.trajectory_hash(config)}-{device.type}-{step.name}{threads}"
 
 
-def _take_over(previous: Entry, folder: Path, trained: Trained, trajectory: str) -> str | None:
-    """Restore the state that another run of this trajectory reached, and copy its checkpoint into `folder`.
+def _take_over(previous: Entry, order: Order, trained: Trained, trajectory: str) -> str | None:
+    """Restore the state that another run of this trajectory reached, and copy its checkpoint.
 
     Returns the id of the MLflow run to go on with.
     """
@@ -341,11 +499,12 @@ def _take_over(previous: Entry, folder: Path, trained: Trained, trajectory: str)
             path, trained.network, trained.optimizer, trained.schedule, trajectory
         )
     except checkpoint.Damaged as error:
-        progress.say(f"{error}; the run starts from its first epoch")
+        progress.say(f"{error}; the run starts from its first epoch", order.label)
         return None
-    with atomic_path(folder / _CHECKPOINT) as copy:
-        shutil.copyfile(path, copy)
-    progress.say(f"going on after epoch {trained.last.epoch} of {previous.folder}")
+    if previous.folder.absolute() != order.folder.absolute():
+        with atomic_path(order.folder / _CHECKPOINT) as copy:
+            shutil.copyfile(path, copy)
+    progress.say(f"going on after epoch {trained.last.epoch} of {previous.folder}", order.label)
     return previous.run_id
 
 
@@ -373,16 +532,30 @@ def _save(config: Config, trained: Trained, folder: Path) -> None:
     )
 
 
-def _claim(folder: Path, config: Config) -> None:
-    """Make `folder` this run's own by creating its config.yaml, which no other run may have."""
+def _claim_folder(folder: Path, config: Config) -> None:
+    """Make `folder` this run's own by creating its config.yaml.
+
+    One that this very config was trained in until its process was killed is taken over: whoever
+    holds the config's lock is the only one there.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "config.yaml", "x", encoding="utf-8") as file:
             file.write(configs.dump(config))
     except FileExistsError as error:
-        raise OutputError(f"{folder}: already holds a run; choose another hydra.run.dir") from error
+        if not _is_abandoned(folder, config):
+            raise OutputError(f"{folder}: already holds a run; choose another hydra.run.dir") from error
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error
+
+
+def _is_abandoned(folder: Path, config: Config) -> bool:
+    """Whether `folder` holds a run of `config` that did not live to write its result."""
+    try:
+        same = (folder / "config.yaml").read_bytes() == configs.dump(config).encode()
+    except OSError:
+        return False
+    return same and not (folder / "result.json").exists()
 
 
 def _describe_surroundings(folder: Path, device: torch.device, step: engine.Step) -> None:
@@ -392,40 +565,33 @@ def _describe_surroundings(folder: Path, device: torch.device, step: engine.Step
         write_atomic(folder / "uncommitted.diff", diff)
 
 
-def _introduce(
-    config: Config, device: torch.device, step: engine.Step, overrides: tuple[str, ...], job: Job | None
-) -> None:
+def _introduce(order: Order, device: torch.device, step: engine.Step) -> None:
     """Say what will be trained, and on what; the layers of every job of a sweep are in its log only."""
-    table = progress.layer_table(shapes.layers(config.model, IMAGE_SHAPE, CLASSES))
-    if job is None:
+    table = progress.layer_table(shapes.layers(order.config.model, IMAGE_SHAPE, CLASSES))
+    if order.job is None:
         progress.say(table)
         progress.say(f"training on {devices.describe(device)}, {step.name} step")
         return
-    if job.number == 1 or any(override.startswith("model") for override in overrides):
+    if order.job.number == 1 or any(override.startswith("model") for override in order.overrides):
         progress.say(table)
-    progress.say(f"{_label(job)}: training on {devices.describe(device)}, {step.name} step")
+    progress.say(f"training on {devices.describe(device)}, {step.name} step", order.label)
 
 
-def _last_words(
-    result: Result,
-    metrics: EpochMetrics,
-    device: torch.device,
-    folder: Path,
-    tracked: tracking.Run,
-    job: Job | None,
-) -> None:
+def _last_words(running: _Running) -> None:
     """The tutorial's two lines, and for a single run where to find it."""
-    if result.collapsed:
+    metrics, label = running.trained.last, running.order.label
+    if running.result.collapsed:
         progress.say(
-            "collapsed: it ends no better than guessing (loss ln 10); try another lr, or more epochs"
+            "collapsed: it ends no better than guessing (loss ln 10); try another lr, or more epochs", label
         )
     progress.say(
-        f"loss {metrics.train_loss:.3f}, train acc {metrics.train_acc:.3f}, test acc {metrics.test_acc:.3f}"
+        f"loss {metrics.train_loss:.3f}, train acc {metrics.train_acc:.3f}, test acc {metrics.test_acc:.3f}",
+        label,
     )
-    progress.say(f"{metrics.examples_per_s:.1f} examples/sec on {device}")
-    if job is None:
-        progress.say(f"output folder {folder}")
-        for line in tracked.where():
+    progress.say(f"{metrics.examples_per_s:.1f} examples/sec on {running.device}", label)
+    if running.order.job is None:
+        progress.say(f"output folder {running.order.folder}")
+        for line in running.tracked.where():
             progress.say(line)
 
 
@@ -452,19 +618,6 @@ def _tags(config_hash: str, job: Job | None, origin: str | None) -> dict[str, st
     if origin:
         tags["origin"] = origin
     return tags
-
-
-def _name(overrides: tuple[str, ...]) -> str:
-    """The run's name among others: what was overridden and can change a number."""
-    telling = [o for o in overrides if not o.startswith(("tracking", "data.root", "sweep.", "hydra"))]
-    return " ".join(telling)[:250]
-
-
-def _label(job: Job | None) -> str:
-    if job is None:
-        return ""
-    of_how_many = f"/{job.total}" if job.total else ""
-    return f"[{job.number}{of_how_many}] {job.label}".rstrip()
 
 
 def _reason(error: BaseException) -> str:

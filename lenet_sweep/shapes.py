@@ -4,6 +4,7 @@ Free of torch, so that an impossible network is refused before anything heavy is
 `model` builds exactly these layers; `config` refuses a network for which this raises.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,6 +73,21 @@ def layers(net: Architecture, image_shape: tuple[int, int, int], classes: int) -
         add(f"act{len(net.channels) + i}", "activation", shape)
     add(f"linear{len(net.hidden) + 1}", "linear", (classes,))
     return stack
+
+
+def training_flops(net: Architecture, image_shape: tuple[int, int, int], classes: int) -> int:
+    """Floating-point operations of one example's step: forward, gradients of weights and of inputs.
+
+    The gradient of the images themselves is not taken; what is no matrix product is not counted.
+    """
+    products = []
+    for layer in layers(net, image_shape, classes):
+        outputs = math.prod(layer.output_shape)
+        if layer.kind == "conv":
+            products.append(outputs * layer.input_shape[0] * net.kernel_size**2)
+        elif layer.kind == "linear":
+            products.append(outputs * layer.input_shape[0])
+    return 2 * (3 * sum(products) - products[0])
 
 
 def _padding(net: Architecture, i: int) -> int:

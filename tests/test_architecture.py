@@ -27,7 +27,7 @@ LAYERS = (
     {"native"},
     {"engine", "plan", "preflight", "selection"},
     {"fused", "journal", "plots", "progress", "charts"},
-    {"checkpoint"},
+    {"checkpoint", "workers"},
     {"run"},
     {"report", "reproduce", "figures"},
     {"page"},
@@ -39,8 +39,8 @@ RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
 # Modules that --help, completion, or the check of a config import: they must load at once.
 LIGHT = ("__main__", "cli", "config", "errors", "paths", "shapes", "preflight", "identity", "tracking",
-         "sources", "ledger", "plan", "compiler", "records", "comparison", "selection", "plugin.sweeper",
-         "plugin.launcher", "plugin._sweep")  # fmt: skip
+         "sources", "ledger", "plan", "workers", "compiler", "records", "comparison", "selection",
+         "plugin.sweeper", "plugin.launcher", "plugin._sweep", "plugin._launch")  # fmt: skip
 
 EDGE = {"cli", *(module for module in MODULES if module.startswith("plugin."))}
 ONLY = {
@@ -50,6 +50,8 @@ ONLY = {
     "matplotlib": {"plots", "figures"},
     "plotly": {"page"},
     "scipy": {"comparison"},
+    "distributed": {"workers"},
+    "dask": {"workers"},
     "rich": {"progress", "report", "sources"},
     "safetensors": {"run", "checkpoint", "reproduce"},
 }

@@ -6,15 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import ladder, tutorial
-from lenet_sweep import model
+from benchmarks import tutorial
+from lenet_sweep import model, shapes
+from lenet_sweep.config import CLASSES, IMAGE_SHAPE
 from lenet_sweep.randomness import generator
 
 
 def test_operations_of_a_lenet_step_are_those_counted_by_hand(make_config):
     forward = 784 * 6 * 25 + 100 * 16 * 150 + 400 * 120 + 120 * 84 + 84 * 10
     first_input = 784 * 6 * 25
-    assert ladder.training_flops(make_config().model) == 2 * (3 * forward - first_input) == 2_263_920
+    assert (
+        shapes.training_flops(make_config().model, IMAGE_SHAPE, CLASSES)
+        == 2 * (3 * forward - first_input)
+        == 2_263_920
+    )
 
 
 @pytest.mark.parametrize("preset", ["lenet", "lenet_relu_max"])

@@ -73,13 +73,16 @@ def test_interrupted_run_goes_on_to_the_bits_of_an_uninterrupted_one(
     assert (tmp_path / "second" / "checkpoint.safetensors").exists() == (schedule != "cosine")
 
 
-def test_run_killed_after_its_last_epoch_only_has_to_end(make_config, tmp_path, monkeypatch, cut_short):
+def test_run_killed_after_its_last_epoch_only_has_to_end(make_config, tmp_path, monkeypatch):
     config = make_config(*MINI)
-    done, is_done = [False], runs._is_done
-    monkeypatch.setattr(runs, "_is_done", lambda *of: all(done) and is_done(*of))
-    with pytest.raises(KeyboardInterrupt):
-        cut_short(config, tmp_path / "first", 4)
-    done[0] = True
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runs.run(config, tmp_path / "first")
     monkeypatch.setattr(native.Native, "gradients", None)
     assert runs.run(config, tmp_path / "second").status == "FINISHED"
 

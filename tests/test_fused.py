@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lenet_sweep import data as datasets
-from lenet_sweep import engine, fused, model, optim
+from lenet_sweep import engine, fused, model, optim, plan
 from lenet_sweep.config import ConstantScheduleConfig, CosineScheduleConfig, StepScheduleConfig
 from lenet_sweep.data import Data, Split
 from lenet_sweep.errors import RunFailed
@@ -430,17 +430,17 @@ MUST_AGREE = ("batch_size=64", "device=cpu", "threads=1", "precision.amp=true", 
               "data=fashion_mnist_mini", "data.train_size=100")  # fmt: skip
 
 
-def test_group_key_tells_which_runs_can_share_an_array(make_config):
-    key = fused.group_key(make_config())
-    assert [o for o in MAY_DIFFER if fused.group_key(make_config(o)) != key] == []
-    assert [o for o in MUST_AGREE if fused.group_key(make_config(o)) == key] == []
-    assert fused.group_key(make_config("optimizer=adam")) == fused.group_key(make_config("optimizer=adamw"))
+def test_array_key_tells_which_runs_can_share_an_array(make_config):
+    key = plan.array_key(make_config())
+    assert [o for o in MAY_DIFFER if plan.array_key(make_config(o)) != key] == []
+    assert [o for o in MUST_AGREE if plan.array_key(make_config(o)) == key] == []
+    assert plan.array_key(make_config("optimizer=adam")) == plan.array_key(make_config("optimizer=adamw"))
 
 
 @pytest.mark.parametrize("chosen", ["data.train_size=100", "data.val_size=100"])
 def test_seeds_must_agree_where_they_choose_the_examples(make_config, chosen):
     keys = [
-        fused.group_key(make_config(chosen, f"seed={seed}", lr))
+        plan.array_key(make_config(chosen, f"seed={seed}", lr))
         for seed, lr in ((0, "lr=1"), (0, "lr=2"), (1, "lr=1"))
     ]
     assert keys[0] == keys[1] != keys[2]

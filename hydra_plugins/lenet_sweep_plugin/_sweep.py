@@ -214,5 +214,5 @@ def _report(
     if tracked.name == "mlflow" and (command := tracking.ui_command(tracked.uri)):
         screen.print(command, markup=False, soft_wrap=True)
     failed = sum(row.failed for row in rows)
-    if failed and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+    if failed and not sys.exc_info()[0]:  # what broke the launcher goes before
         raise RunFailed(f"{failed} of {len(rows)} runs failed")

@@ -24,13 +24,13 @@ ConfigStore.instance().store(
 
 
 class LenetLauncher(Launcher):
-    """Runs the jobs of a sweep one after the other in this process, from the plan that the sweeper made."""
+    """Runs the jobs of a sweep from the plan that the sweeper made, in this process or in workers."""
 
     def __init__(self) -> None:
         self._setup: dict[str, Any] = {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self._setup = {"hydra_context": hydra_context, "task_function": task_function, "config": config}
+        self._setup = {"hydra_context": hydra_context, "config": config}
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from hydra_plugins.lenet_sweep_plugin._launch import launch

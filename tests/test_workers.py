@@ -1,0 +1,257 @@
+"""Sweeps in worker processes: the same bits as in one process, and nothing lost when one of them dies."""
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from lenet_sweep import identity, journal, plan, workers
+from lenet_sweep.errors import RunFailed
+
+MINI = ("data=fashion_mnist_mini", "data.train_size=300", "lr=0.1,0.3", "epochs=1,2")
+
+
+def results(sweep):
+    """Of each run of a sweep, by its overrides: every metric but speed, and the weights' bits."""
+    found = {}
+    for number, job in enumerate(json.loads((sweep / "sweep.json").read_text())["jobs"]):
+        folder = sweep / str(number)
+        lines = [journal.parse(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        kept = [{k: v for k, v in line.named().items() if not k.startswith("speed/")} for line in lines]
+        weights = load_file(folder / "model" / "weights.safetensors")
+        overrides = tuple(o for o in job["overrides"] if not o.startswith("sweep."))
+        found[overrides] = (kept, {name: tensor.numpy().tobytes() for name, tensor in weights.items()})
+    return found
+
+
+def statuses(folder):
+    with sqlite3.connect(folder / "mlruns" / "mlflow.db") as connection:
+        rows = connection.execute("select status from runs").fetchall()
+    connection.close()
+    return sorted(status for (status,) in rows)
+
+
+def latest(folder):
+    return max((folder / "outputs" / "sweeps").iterdir())
+
+
+def wait_for(condition, seconds=90.0):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture
+def start(tmp_path, data_root):
+    """Start the command line in `tmp_path` and leave it running; it is killed in the end."""
+    started = []
+
+    def begin(*arguments):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lenet_sweep", *arguments],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
+        process.wait()
+
+
+def alive(processes):
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def trains(folder):
+    """The processes that train now, each with the folder of its run."""
+    running = {}
+    for note in folder.glob("outputs/sweeps/*/*/tracking.json"):
+        if not (note.parent / "result.json").exists():
+            pid = json.loads(note.read_text())["tags"]["pid"]
+            running[int(pid)] = note.parent
+    return running
+
+
+LONG = ("data=fashion_mnist_mini", "lr=0.1,0.3", "epochs=2000", "sweep.workers=2")
+
+
+def test_workers_leave_what_one_process_leaves_to_the_bit(cli, tmp_path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    assert cli(*MINI, "sweep.workers=1", "-m", cwd=alone).returncode == 0
+    done = cli(*MINI, "sweep.workers=2", "-m")
+    assert done.returncode == 0, done.stderr
+    assert "4 runs in 2 worker processes" in done.stdout
+    assert results(latest(tmp_path)) == results(latest(alone))
+    assert statuses(tmp_path) == ["FINISHED"] * 4
+    assert done.stderr == ""
+    for number in range(4):
+        assert (latest(tmp_path) / str(number) / ".hydra" / "overrides.yaml").exists()
+        assert "examples/sec on cpu" in (latest(tmp_path) / str(number) / "lenet_sweep.log").read_text()
+
+
+def test_what_runs_in_workers_say_is_labelled_and_counted(cli):
+    done = cli(*MINI, "epochs=1", "sweep.workers=2", "-m")
+    for label in ("[1/2] lr=0.1", "[2/2] lr=0.3"):
+        assert f"{label}: training on cpu (" in done.stdout
+        assert re.search(rf"{re.escape(label)}  epoch 1/1  train loss \d", done.stdout)
+    assert re.search(r"^1 of 2 runs, about \d+:\d\d left$", done.stdout, re.MULTILINE)
+
+
+def test_failed_run_in_a_worker_stops_no_other_and_is_told_with_its_reason(cli, tmp_path):
+    done = cli(
+        "data=fashion_mnist_mini", "model=lenet_relu_max", "optimizer=momentum", "lr=1000,0.01", "epochs=2",
+        "sweep.workers=2", "-m",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert statuses(tmp_path) == ["FAILED", "FINISHED"]
+    assert re.search(r"run 1 \(.*lr=1000.*\): the loss became \w+ in epoch \d", done.stdout)
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_killed_worker_costs_nothing_its_group_is_tried_again(start, tmp_path):
+    process = start(*LONG, "epochs=60", "-m")
+    victims = wait_for(lambda: trains(tmp_path) if len(trains(tmp_path)) == 2 else None)
+    pid, folder = min(victims.items())
+    wait_for((folder / "checkpoint.safetensors").exists)
+    os.kill(pid, signal.SIGKILL)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    assert statuses(tmp_path) == ["FINISHED"] * 2
+    assert re.search(rf"going on after epoch \d+ of .*{folder.name}$", output, re.MULTILINE)
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 60
+
+
+@pytest.mark.slow
+def test_run_whose_worker_dies_twice_is_given_up_and_the_others_end(start, tmp_path):
+    process = start(*LONG, "epochs=300", "-m")
+    victims = wait_for(lambda: trains(tmp_path) if len(trains(tmp_path)) == 2 else None)
+    pid, folder = min(victims.items())
+    os.kill(pid, signal.SIGKILL)
+    second = wait_for(
+        lambda: [other for other, at in trains(tmp_path).items() if at == folder and other != pid]
+    )
+    os.kill(second[0], signal.SIGKILL)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert "its worker process died twice" in output
+    assert statuses(tmp_path) == ["FINISHED", "KILLED"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_sweep_saves_the_state_of_all_its_workers_runs(start, cli, tmp_path, how):
+    process = start(*LONG, "-m")
+    wait_for(lambda: len(list(tmp_path.glob("outputs/sweeps/*/*/checkpoint.safetensors"))) == 2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)  # as a terminal, and as `kill` does
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert statuses(tmp_path) == ["KILLED"] * 2
+    assert not alive(children)
+    reached = [len(path.read_text().splitlines()) for path in latest(tmp_path).glob("*/metrics.jsonl")]
+    done = cli(*LONG, "sweep.dry_run=true", "-m")
+    assert done.stdout.count("resume (was interrupted in") == 2
+    assert min(reached) >= 1
+
+
+@pytest.mark.slow
+def test_workers_of_a_killed_sweep_end_and_their_runs_can_be_gone_on_with(start, cli, tmp_path):
+    process = start(*LONG, "-m")
+    wait_for(lambda: len(list(tmp_path.glob("outputs/sweeps/*/*/checkpoint.safetensors"))) == 2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    wait_for(lambda: not alive(children), 20)
+    done = cli(*LONG, "sweep.dry_run=true", "-m")
+    assert done.stdout.count("resume (was interrupted in") == 2
+
+
+@pytest.mark.slow
+def test_sweep_listens_on_loopback_only_and_to_nobody_else(start, tmp_path):
+    process = start(*LONG, "-m")
+    wait_for(lambda: len(trains(tmp_path)) == 2)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    listening = [
+        connection.laddr
+        for member in family
+        for connection in member.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening
+    assert {address.ip for address in listening} == {"127.0.0.1"}
+    for address in listening:
+        stranger = (
+            f"import distributed as d; d.Client('tcp://127.0.0.1:{address.port}', timeout=3); print('in')"
+        )
+        done = subprocess.run(
+            ["timeout", "20", sys.executable, "-c", stranger], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode
+        assert done.stdout == ""
+
+
+def test_as_many_workers_as_asked_for_but_no_more_than_groups(make_config):
+    jobs = [make_config("sweep.workers=7", f"seed={seed}") for seed in range(3)]
+    assert workers.how_many(jobs, plan.groups(jobs)) == 3
+
+
+@pytest.mark.parametrize(
+    ("seeds", "overrides", "expected"),
+    [
+        (2, [], 1),  # a short sweep: starting workers would cost more than they save
+        (40, [], 8),
+        (40, ["threads=4"], 2),
+        (40, ["data=fashion_mnist_mini"], 1),
+        (40, ["backend=torch"], 1),  # other threads would give other bits
+        (40, ["backend=torch", "threads=2"], 4),
+    ],
+)
+def test_workers_are_as_many_as_pay_off(make_config, monkeypatch, seeds, overrides, expected):
+    monkeypatch.setattr(workers, "cores", lambda: 8)
+    monkeypatch.setattr(workers, "_WORKER_BYTES", 1)
+    jobs = [make_config(f"seed={seed}", *overrides) for seed in range(seeds)]
+    assert workers.how_many(jobs, plan.groups(jobs)) == expected
+
+
+def test_each_gpu_gets_a_worker(make_config, monkeypatch):
+    monkeypatch.setattr(identity, "gpus", lambda: 4)
+    jobs = [make_config(f"seed={seed}") for seed in range(6)]
+    assert workers.how_many(jobs, plan.groups(jobs)) == 4
+    assert workers.how_many(jobs[:2], plan.groups(jobs[:2])) == 2
+
+
+def test_executors_give_every_group_its_own_answer():
+    assert dict(workers.in_turn(abs, [-3, 4])) == {0: 3, 1: 4}
+    assert dict(workers.at_once(abs, [-3, 4, -5], 2)) == {0: 3, 1: 4, 2: 5}
+
+
+def test_group_that_kills_every_worker_fails_alone():
+    answers = dict(workers.at_once(_die_of_seven, [1, 7, 2], 2))
+    assert (answers[0], answers[2]) == (1, 2)
+    assert isinstance(answers[1], RunFailed)
+
+
+def _die_of_seven(number):
+    if number == 7:
+        os._exit(1)
+    return number
