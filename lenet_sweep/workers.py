@@ -36,6 +36,15 @@ _CORE_FLOPS = 1e11  # of the native step, a second
 _PAYS_S = 30  # of training on all cores; starting workers takes 7 to 10 s
 _TOPIC = "lenet_sweep"
 _PATIENCE_S = 30  # for runs to save their state after Ctrl-C
+_THREADS = "distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS"
+_SETTINGS: dict[str, Any] = {
+    "distributed.scheduler.allowed-failures": 1,
+    "distributed.scheduler.worker-ttl": None,
+    "distributed.worker.use-file-locking": False,
+    # Dask always opens a port for web pages; with nothing behind it nobody can be shown anything.
+    "distributed.scheduler.http.routes": [],
+    "distributed.worker.http.routes": [],
+}
 
 
 def how_many(jobs: Sequence[Config], groups: Sequence[Group]) -> int:
@@ -130,18 +139,9 @@ def _client(count: int) -> "Iterator[Client]":
     from distributed.security import Security
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what went wrong is told in our words
-    settings: dict[str, Any] = {
-        "distributed.scheduler.allowed-failures": 1,
-        "distributed.scheduler.worker-ttl": None,
-        "distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS": max(1, cores() // count),
-        "distributed.worker.use-file-locking": False,
-        # Dask always opens a port for web pages; with nothing behind it nobody can be shown anything.
-        "distributed.scheduler.http.routes": [],
-        "distributed.worker.http.routes": [],
-    }
     with (
         tempfile.TemporaryDirectory(prefix="lenet_sweep-") as scratch,
-        dask.config.set(settings),
+        dask.config.set(_SETTINGS | {"temporary-directory": scratch, _THREADS: max(1, cores() // count)}),
         LocalCluster(
             n_workers=count,
             threads_per_worker=1,
@@ -149,7 +149,6 @@ def _client(count: int) -> "Iterator[Client]":
             dashboard_address="127.0.0.1:0",
             scheduler_kwargs={"dashboard": False},
             memory_limit=0,  # none: a run that needs much is not paused or killed for it
-            local_directory=scratch,
             security=Security.temporary(),
             silence_logs=logging.CRITICAL,
         ) as cluster,
