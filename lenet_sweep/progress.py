@@ -101,7 +101,7 @@ class SweepScreen(Screen):
     def __enter__(self) -> "SweepScreen":
         self._start()
         if self._live:
-            self._totals = self._live.add_task("", total=sum(self._costs.values()), about="", numbers="")
+            self._totals = self._live.add_task("sweep", total=sum(self._costs.values()), about="", numbers="")
             self._count()
         return self
 

@@ -566,15 +566,16 @@ def _describe_surroundings(folder: Path, device: torch.device, step: engine.Step
 
 
 def _introduce(order: Order, device: torch.device, step: engine.Step) -> None:
-    """Say what will be trained, and on what; the layers of every job of a sweep are in its log only."""
-    table = progress.layer_table(shapes.layers(order.config.model, IMAGE_SHAPE, CLASSES))
-    if order.job is None:
-        progress.say(table)
-        progress.say(f"training on {devices.describe(device)}, {step.name} step")
-        return
-    if order.job.number == 1 or any(override.startswith("model") for override in order.overrides):
-        progress.say(table)
+    """Say what will be trained, and on what; the layers only if they are others than the last run's."""
+    global _layers_shown
+    layers = shapes.layers(order.config.model, IMAGE_SHAPE, CLASSES)
+    if order.job is None or layers != _layers_shown:
+        progress.say(progress.layer_table(layers))
+        _layers_shown = layers
     progress.say(f"training on {devices.describe(device)}, {step.name} step", order.label)
+
+
+_layers_shown: list[shapes.Layer] = []
 
 
 def _last_words(running: _Running) -> None:
