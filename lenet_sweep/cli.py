@@ -1,4 +1,4 @@
-"""The command line: `compare`, `data`, `sync`, `reproduce` are our own, everything else is Hydra's.
+"""The command line: `compare`, `data`, `predict`, `reproduce`, `sync` are our own, all else is Hydra's.
 
 Hydra composes the config and makes the output folder, and `task` hands both to `run`. Torch and
 mlflow are imported only when a run starts, so that --help, --cfg and completion answer at once.
@@ -190,6 +190,70 @@ def reproduce(arguments: list[str]) -> int:
     return 0 if verdict.identical else _DIFFERENT
 
 
+def predict(arguments: list[str]) -> None:
+    """Classify pictures with a run's network, or look at what pictures set off inside it.
+
+    Any PNG, JPEG, GIF, BMP, WEBP, TIFF or PPM file: it is turned grey, inverted where needed, cropped
+    and centred as the run's dataset is.
+    """
+    from lenet_sweep import plots, predict, progress, report
+
+    given, here = _predict_arguments(arguments)
+    for path in filter(None, (given.activations, given.json, given.elsewhere)):
+        check_writable(path.parent)
+    trained = predict.load(given.run, here.tracking)
+    screen = progress.console()
+    if given.images:
+        found = predict.classify(trained, given.images)
+        screen.print(report.prediction_table(found))
+        if given.json:
+            report.write_predictions(found, given.json)
+        if given.activations:
+            images, layers = predict.feature_maps(trained, found)
+            plots.activations(images, layers, [path.name[:24] for path in given.images], given.activations)
+    if given.elsewhere:
+        reactions = predict.reactions(trained, Path(here.data.root))
+        screen.print(report.reaction_table(reactions))
+        plots.reactions(
+            reactions, f"{trained.config.model.name} trained on {trained.config.data.name}", given.elsewhere
+        )
+    for path in filter(None, (given.activations, given.json, given.elsewhere)):
+        screen.print(report.plain(str(path)), soft_wrap=True)
+
+
+def _predict_arguments(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
+    parser = argparse.ArgumentParser(
+        "python -m lenet_sweep predict",
+        description=inspect.cleandoc(predict.__doc__ or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="tracking.uri=... says where RUN is, data.root=... where datasets are.",
+    )
+    parser.add_argument(
+        "run", metavar="RUN", help="an MLflow run id or its start, a folder, or a config.yaml"
+    )
+    parser.add_argument("words", nargs="*", metavar="IMAGE", help="picture files")
+    parser.add_argument(
+        "--activations", type=Path, metavar="OUT.png", help="draw the first two layers' activations"
+    )
+    parser.add_argument("--json", type=Path, metavar="F", help="write all probabilities to F")
+    parser.add_argument(
+        "--elsewhere",
+        type=Path,
+        metavar="OUT.png",
+        help="draw what test pictures, inverted ones, noise and another dataset's set off in every layer",
+    )
+    given = parser.parse_intermixed_args(arguments)
+    overrides = [word for word in given.words if re.match(r"(tracking[\w.]*|data\.root)=", word)]
+    given.images = [Path(word) for word in given.words if word not in overrides]
+    if not given.images and not given.elsewhere:
+        raise ConfigError(
+            "predict: needs a picture file (python -m lenet_sweep predict RUN IMAGE...), or --elsewhere"
+        )
+    if not given.images and (given.activations or given.json):
+        raise ConfigError("--activations and --json: are about picture files; name at least one")
+    return given, _compose(overrides)
+
+
 def compare(arguments: list[str]) -> None:
     """Compare the settings of a sweep over their seeds: which is best, and which cannot be told from it?"""
     from lenet_sweep import comparison, progress, records, report, selection
@@ -281,8 +345,9 @@ def _change(text: str) -> tuple[str, Any]:
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "compare": compare,
     "data": data,
-    "sync": sync,
+    "predict": predict,
     "reproduce": reproduce,
+    "sync": sync,
 }
 
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +15,10 @@ from lenet_sweep.comparison import ALPHA, Comparison, Group, Summary
 from lenet_sweep.ledger import Result
 from lenet_sweep.paths import atomic_path, write_atomic
 from lenet_sweep.records import Record
+
+if TYPE_CHECKING:  # they import torch
+    from lenet_sweep.inside import Reaction
+    from lenet_sweep.predict import Prediction
 
 MARKS = {"best": "best", "tied": "~", "worse": "", "unknown": "?", "none": ""}
 _LISTED = 20  # runs that did not end, below a table
@@ -194,6 +198,36 @@ def write_json(comparison: Comparison, path: Path) -> None:
         "notes": comparisons.notes(comparison),
     }
     write_atomic(path, json.dumps(values, indent=1) + "\n")
+
+
+def prediction_table(found: Sequence["Prediction"]) -> Table:
+    """A row for each picture: the three likeliest classes with their probabilities."""
+    table = Table()
+    for heading in ("picture", "class", "p", "second", "p", "third", "p"):
+        table.add_column(heading, justify="right" if heading == "p" else "left")
+    for prediction in found:
+        cells = [cell for name, p in prediction.classes[:3] for cell in (name, f"{p:.3f}")]
+        table.add_row(plain(str(prediction.path)), *cells)
+    return table
+
+
+def write_predictions(found: Sequence["Prediction"], path: Path) -> None:
+    """Write every picture's probabilities of all classes as JSON."""
+    values = [{"picture": str(p.path), "probabilities": dict(p.classes)} for p in found]
+    write_atomic(path, json.dumps(values, indent=1) + "\n")
+
+
+def reaction_table(found: Sequence["Reaction"]) -> Table:
+    """A row for each kind of picture: the mean activation of every layer, and how sure the network is."""
+    table = Table(title="mean activations", title_justify="left")
+    table.add_column("pictures")
+    for layer in found[0].values:
+        table.add_column(layer, justify="right")
+    table.add_column("sure", justify="right")
+    for reaction in found:
+        means = [f"{reaction.mean(layer):.3f}" for layer in reaction.values]
+        table.add_row(reaction.kind, *means, f"{float(reaction.surest.mean()):.3f}")
+    return table
 
 
 def plain(text: str) -> Text:

@@ -9,7 +9,8 @@ import dataclasses
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -118,16 +119,31 @@ def find(name: str, store: MlflowConfig | NoTrackingConfig) -> Original:
         DataError: if what is stored of it is damaged.
         TrackingError: if the store cannot be asked.
     """
+    with stored(name, store, _FILES) as (folder, run_id, metrics):
+        original = _from_folder(folder, run_id)
+    # The store's numbers are those that people read and compare.
+    return dataclasses.replace(original, metrics=_exact(metrics)) if metrics else original
+
+
+@contextmanager
+def stored(
+    name: str, store: MlflowConfig | NoTrackingConfig, files: Sequence[str]
+) -> Iterator[tuple[Path, str, Metrics]]:
+    """A folder with those of `files` that the run has, its name, and its metrics in the store.
+
+    Raises:
+        ConfigError: if there is no such run.
+        TrackingError: if the store cannot be asked.
+    """
     path = Path(name)
     if path.name == "config.yaml" or path.is_dir():
-        return _from_folder(path if path.is_dir() else path.parent, name)
+        yield path if path.is_dir() else path.parent, name, {}
+        return
     if isinstance(store, NoTrackingConfig):
         raise ConfigError(f"{name!r}: there is no such folder, and without tracking there are no run ids")
     with tempfile.TemporaryDirectory(prefix="lenet_sweep-") as temporary:
-        run_id, metrics = tracking.fetch(store, name, Path(temporary), _FILES)
-        original = _from_folder(Path(temporary), run_id)
-    # The store's numbers are those that people read and compare.
-    return dataclasses.replace(original, metrics=_exact(metrics))
+        run_id, metrics = tracking.fetch(store, name, Path(temporary), files)
+        yield Path(temporary), run_id, metrics
 
 
 def again(original: Original, data_root: str) -> Verdict:

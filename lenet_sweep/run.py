@@ -7,7 +7,8 @@
                 tracking.json               the run's id in the tracking store
                 checkpoint.safetensors      its state after the last whole epoch
                 model/weights.safetensors   the weights after the last epoch
-                plots/*.png
+                plots/*.png                 curves, confusion matrix, filters, activations, mistakes
+                per_class.json              the share of each class that was recognised
                 result.json                 how it ended
                 lenet_sweep.log
 
@@ -36,6 +37,7 @@ from lenet_sweep import (
     engine,
     fused,
     identity,
+    inside,
     ledger,
     model,
     optim,
@@ -522,13 +524,29 @@ def _save(config: Config, trained: Trained, folder: Path) -> None:
     with atomic_path(weights) as temporary:
         save_file({name: tensor.cpu() for name, tensor in network.state_dict().items()}, temporary)
     title = f"{config.model.name}, {config.optimizer.name}, lr {config.optimizer.lr:g}"
-    plots.curves([line.metrics for line in trained.lines], title, folder / "plots" / "curves.png")
+    pictures = folder / "plots"
+    plots.curves([line.metrics for line in trained.lines], title, pictures / "curves.png")
     predicted_N = trained.step.predict(data.test)
     counts = torch.bincount(data.test.labels_N * CLASSES + predicted_N, minlength=CLASSES**2)
-    plots.confusion_matrix(
-        counts.reshape(CLASSES, CLASSES).tolist(),
-        data.class_names,
-        folder / "plots" / "confusion_matrix.png",
+    matrix = counts.reshape(CLASSES, CLASSES).tolist()
+    plots.confusion_matrix(matrix, data.class_names, pictures / "confusion_matrix.png")
+    accuracies = dict(zip(data.class_names, inside.per_class(matrix), strict=True))
+    write_atomic(folder / "per_class.json", json.dumps(accuracies, indent=2) + "\n")
+    _picture_inside(trained, predicted_N, pictures)
+
+
+def _picture_inside(trained: Trained, predicted_N: torch.Tensor, folder: Path) -> None:
+    """The learned filters, what they make of one example of each class, and the surest mistakes."""
+    network, data = trained.network, trained.data
+    convolutions = [(name, layer) for name, layer in network.named_children() if isinstance(layer, nn.Conv2d)]
+    plots.filters([(name, layer.weight) for name, layer in convolutions[:2]], folder / "filters.png")
+    examples = inside.one_of_each(data.test, CLASSES)
+    outputs = inside.activations(network, examples)
+    shown = [(f"act{i}", outputs[f"act{i}"]) for i in range(1, len(convolutions[:2]) + 1)]
+    plots.activations(examples[:, 0], shown, data.class_names, folder / "activations.png")
+    network.train()
+    plots.mistakes(
+        inside.mistakes(network, data.test, predicted_N, 10), data.class_names, folder / "mistakes.png"
     )
 
 

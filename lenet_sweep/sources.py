@@ -82,6 +82,14 @@ def ensure(name: str, root: Path, say: Callable[[str], None] = print) -> Path:
     return folder
 
 
+def is_here(name: str, root: Path) -> bool:
+    """Whether `ensure` would find all files of the dataset in `root`, and fetch nothing."""
+    try:
+        return not _missing(DATASETS[name], root.expanduser().absolute() / DATASETS[name].folder)
+    except OSError:
+        return False
+
+
 T = TypeVar("T")
 
 

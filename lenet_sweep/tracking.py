@@ -461,6 +461,7 @@ _ARTIFACTS = (
     "config.yaml",
     "environment.json",
     "metrics.jsonl",
+    "per_class.json",
     "uncommitted.diff",
     "model",
     "plots",

@@ -23,13 +23,15 @@ LAYERS = (
     {"paths"},
     {"config", "ledger"},
     {"sources", "identity", "devices", "model", "optim", "compiler", "records"},
-    {"data", "tracking", "comparison"},
+    {"data", "tracking", "comparison", "pictures"},
     {"native"},
     {"engine", "plan", "preflight", "selection"},
-    {"fused", "journal", "plots", "progress", "charts"},
-    {"checkpoint", "workers"},
+    {"fused", "journal", "inside", "progress", "charts"},
+    {"checkpoint", "workers", "plots"},
     {"run"},
-    {"report", "reproduce", "figures"},
+    {"reproduce", "figures"},
+    {"predict"},
+    {"report"},
     {"page"},
     {"cli"},
     {"__main__", "plugin._sweep", "plugin._launch"},
@@ -48,12 +50,13 @@ ONLY = {
     "hydra": EDGE,
     "omegaconf": EDGE,
     "matplotlib": {"plots", "figures"},
+    "PIL": {"pictures", "plots"},
     "plotly": {"page"},
     "scipy": {"comparison"},
     "distributed": {"workers"},
     "dask": {"workers"},
     "rich": {"progress", "report", "sources"},
-    "safetensors": {"run", "checkpoint", "reproduce"},
+    "safetensors": {"run", "checkpoint", "reproduce", "predict"},
 }
 
 
@@ -159,7 +162,7 @@ def test_face_of_the_plugin_loads_nothing_of_the_package():
 def test_every_library_that_is_imported_is_a_dependency():
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {re.split(r"[^\w-]", requirement)[0] for requirement in project["dependencies"]}
-    modules = {"hydra-core": "hydra", "pyyaml": "yaml"}
+    modules = {"hydra-core": "hydra", "pyyaml": "yaml", "pillow": "PIL"}
     imported = set().union(*(tops(imports(module)) for module in MODULES))
     ours = {"lenet_sweep", "hydra_plugins"}
     mlflows = {"sqlalchemy"}  # its local store raises SQLAlchemy's errors

@@ -38,6 +38,14 @@ ELSEWHERE = {
         "tests/test_compare.py",
         "test_commands_of_the_readme_work",
     ),
+    "python -m lenet_sweep predict RUN shoe.jpg shirt.png --activations activations.png": (
+        "tests/test_predict.py",
+        "test_predict_tells_the_networks_probabilities",
+    ),
+    "python -m lenet_sweep predict RUN --elsewhere elsewhere.png": (
+        "tests/test_predict.py",
+        "test_pictures_from_elsewhere_are_compared",
+    ),
     "python -m lenet_sweep sync": ("tests/test_faults.py", "test_server_that_dies_in_the_middle"),
     "python -m lenet_sweep tracking=server tracking.uri=http://127.0.0.1:5000": (
         "tests/test_run.py",
