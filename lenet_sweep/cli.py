@@ -99,8 +99,9 @@ def to_config(composed: DictConfig) -> Config:
     Raises:
         ConfigError: if it asks for something that cannot be.
     """
-    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-    values = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+    if "hydra" in composed:
+        composed = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)
     return configs.parse({str(key): value for key, value in values.items()})
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from lenet_sweep import identity, ledger, tracking
-from lenet_sweep.config import Config
+from lenet_sweep.config import Config, MlflowConfig, NoTrackingConfig
 from lenet_sweep.ledger import Result
 
 Action = Literal["train", "resume", "skip", "wait"]
@@ -50,7 +50,16 @@ def make(jobs: Sequence[tuple[tuple[str, ...], Config]]) -> list[Planned]:
     Raises:
         TrackingError: if the store cannot be asked what is finished.
     """
-    return [_decide(overrides, config) for overrides, config in jobs]
+    hashes = [identity.config_hash(config) for _, config in jobs]
+    asked: dict[MlflowConfig | NoTrackingConfig, list[str]] = {}
+    for (_, config), config_hash in zip(jobs, hashes, strict=True):
+        if not config.sweep.rerun:
+            asked.setdefault(config.tracking, []).append(config_hash)
+    done = {store: tracking.finished(store, wanted) for store, wanted in asked.items()}
+    return [
+        _decide(overrides, config, config_hash, done.get(config.tracking, {}).get(config_hash))
+        for (overrides, config), config_hash in zip(jobs, hashes, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -118,15 +127,14 @@ def array_key(config: Config) -> Hashable:
     )
 
 
-def _decide(overrides: tuple[str, ...], config: Config) -> Planned:
-    config_hash = identity.config_hash(config)
+def _decide(overrides: tuple[str, ...], config: Config, config_hash: str, done: Result | None) -> Planned:
+    """What to do about one job; `done` is the result of the same config's finished run, if there is one."""
 
     def planned(action: Action, why: str, result: Result | None = None) -> Planned:
         return Planned(overrides, config, config_hash, action, why, result)
 
     if config.sweep.rerun:
         return planned("train", "sweep.rerun=true")
-    done = tracking.finished(config.tracking, config_hash)
     if done:
         return planned("skip", f"finished before as run {done.run_id or done.config_hash}", done)
     if ledger.is_claimed(config_hash):

@@ -460,7 +460,7 @@ def _is_collapsed(metrics: EpochMetrics) -> bool:
 def _finished(config: Config, config_hash: str) -> Result | None:
     """The result of a finished run of this config in its store; what this folder knows, if that is dead."""
     try:
-        return tracking.finished(config.tracking, config_hash)
+        return tracking.finished(config.tracking, [config_hash]).get(config_hash)
     except TrackingError as error:
         log.warning("%s", error)
     entry = ledger.look_up(config_hash)

@@ -2,7 +2,7 @@
 
 import itertools
 
-from lenet_sweep import identity, plan
+from lenet_sweep import identity, plan, tracking
 
 
 def places(groups):
@@ -46,3 +46,18 @@ def test_job_given_twice_is_never_in_one_array_with_itself(make_config):
     jobs = [make_config(f"seed={seed}") for seed in (0, 1, 0)]
     assert plan.groups(jobs, width=8)[0].waves == ((0, 1), (2,))
     assert places(plan.groups(jobs)) == [0, 1, 2]
+
+
+def test_store_is_asked_once_for_all_jobs_that_it_may_make_needless(make_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(tracking, "finished", lambda *given: asked.append(given) or {})
+    again = make_config("sweep.rerun=true")
+    other = make_config("tracking.experiment=other")
+    seeds = [make_config(f"seed={seed}") for seed in range(3)]
+    planned = plan.make([((), config) for config in (*seeds, again, other)])
+    assert [job.action for job in planned] == ["train"] * 5
+    assert asked == [
+        (seeds[0].tracking, [job.config_hash for job in planned[:3]]),
+        (other.tracking, [planned[4].config_hash]),
+    ]

@@ -28,10 +28,10 @@ def client(config: MlflowConfig):
     return MlflowClient(config.uri)
 
 
-def open_run(config, folder, params=(), **options):
+def open_run(config, folder, params=(), tags=None, start_ms=1_000, **options):
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(params)))
-    return tracking.open_run(config, folder, "a name", {"config_hash": "cafe"}, 1_000, **options)
+    return tracking.open_run(config, folder, "a name", tags or {"config_hash": "cafe"}, start_ms, **options)
 
 
 def end(run, folder, status="FINISHED", reason=None):
@@ -93,12 +93,32 @@ def test_untracked_run_has_no_id_and_writes_nothing(tmp_path, monkeypatch):
 def test_finished_run_is_found_by_its_configs_hash_and_no_other_is(tmp_path):
     store = local(tmp_path)
     run = open_run(store, tmp_path)
-    assert tracking.finished(store, "cafe") is None
+    assert tracking.finished(store, ["cafe"]) == {}
     run.log(1, {"test/acc": 0.5}, 2_000)
     end(run, tmp_path)
-    found = tracking.finished(store, "cafe")
-    assert (found.run_id, found.metrics) == (run.run_id, {"test/acc": 0.5})
-    assert tracking.finished(store, "beef") is None
+    found = tracking.finished(store, ["cafe", "beef"])
+    assert {key: (result.run_id, result.metrics) for key, result in found.items()} == {
+        "cafe": (run.run_id, {"test/acc": 0.5})
+    }
+
+
+@pytest.mark.parametrize(("page", "questions_a_page"), [(2, 1), (1000, 1), (2, 3), (1000, 400)])
+def test_finished_runs_are_the_same_however_they_are_looked_for(
+    tmp_path, monkeypatch, page, questions_a_page
+):
+    """By pages alone, in one page, by pages and then one by one, and one by one alone."""
+    store, wanted = local(tmp_path), ("a0", "a1", "a2", "a3", "never")
+    latest = {}
+    for number, config_hash in enumerate(("a0", "a1", "a2", "a3", "a0", "other", "more")):
+        run = open_run(store, tmp_path, tags={"config_hash": config_hash}, start_ms=1_000 + number)
+        end(run, tmp_path, "FAILED" if config_hash == "a2" else "FINISHED")
+        latest[config_hash] = run.run_id
+    monkeypatch.setattr(tracking, "_PAGE", page)
+    monkeypatch.setattr(tracking, "_QUESTIONS_A_PAGE", questions_a_page)
+    found = tracking.finished(store, wanted)
+    assert {key: result.run_id for key, result in found.items()} == {
+        key: latest[key] for key in ("a0", "a1", "a3")
+    }
 
 
 def test_running_run_of_a_dead_process_is_ended_and_of_a_living_one_is_not(store, tmp_path):
