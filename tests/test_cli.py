@@ -3,6 +3,8 @@
 import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -231,6 +233,17 @@ def test_debug_shows_the_traceback_before_the_message(cli, flag, env):
     assert done.returncode == 2
     assert "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: lr='abc'")
+
+
+def test_last_search_for_garbage_finds_nothing_to_search(tmp_path):
+    code = (
+        "import atexit, gc, sys; atexit.register(lambda: print(len(gc.get_objects()) < 1000));"
+        "sys.argv[1:] = ['sync']; from lenet_sweep.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == "True", done.stderr
 
 
 def test_data_command_says_where_the_verified_files_are(cli, tmp_path):
