@@ -176,6 +176,7 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip("\n")
 
 
+@functools.cache
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -183,6 +184,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@functools.cache
 def _cpu_model() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:

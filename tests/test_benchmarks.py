@@ -1,12 +1,14 @@
 """What the ladder compares is the same work, and its roof is counted from the network's shapes."""
 
 import itertools
+import time
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import tutorial
+from benchmarks import overhead, tutorial
 from lenet_sweep import model, shapes
 from lenet_sweep.config import CLASSES, IMAGE_SHAPE
 from lenet_sweep.randomness import generator
@@ -52,3 +54,24 @@ def test_the_tutorials_loop_learns(monkeypatch, data_root):
     net = tutorial.network(relu_max=True)
     losses = [loss for loss, *_ in itertools.islice(tutorial.epochs(net, tutorial.raw_folder(), 0.1, 0), 12)]
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_parts_of_a_job_add_up_to_its_time_with_nested_ones_counted_once():
+    module = types.ModuleType("module")
+    module.inner = lambda: time.sleep(0.02)
+    module.outer = lambda: (time.sleep(0.03), module.inner())
+    module.job = lambda: (module.outer(), module.inner())
+    clock = overhead.Clock()
+    clock.time(module, "inner", "in")
+    clock.time(module, "outer", "out")
+    clock.time_jobs(module, "job")
+    module.inner()  # before the first job: nobody's
+    started = time.perf_counter()
+    for _ in range(2):
+        module.job()
+    took = time.perf_counter() - started
+    assert len(clock.jobs) == 2
+    for job in clock.jobs:
+        assert job["in"] >= 0.04
+        assert job["out"] >= 0.03
+    assert sum(job.total() for job in clock.jobs) == pytest.approx(took, abs=0.01)

@@ -1,0 +1,137 @@
+"""What a job of a sweep costs beyond its training: 50 short jobs, and where their time goes.
+
+python -m benchmarks.overhead [--jobs 50] [--json FILE]
+
+One process runs a real sweep of one short epoch each in an empty folder, with the calls below timed.
+The first job, which imports torch and mlflow, is shown by itself. A part holds no other part's time;
+`else` is what no part holds, Hydra's own work on a job among it.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hydra_plugins.lenet_sweep_plugin import _launch
+from lenet_sweep import checkpoint, cli, identity, ledger, plots, progress, run, tracking
+
+# Functions and methods by part, each with where it is looked up when it is called.
+PARTS: dict[str, tuple[tuple[ModuleType | type, str], ...]] = {
+    "look for finished runs": ((tracking, "finished"), (ledger, "look_up")),
+    "data, network, step": ((run, "prepare"),),
+    "describe machine and commit": ((run, "_describe_surroundings"), (run, "_tags")),
+    "tracking: begin": ((tracking, "open_run"),),
+    "tracking: epochs": ((tracking._MlflowRun, "log"),),
+    "tracking: end": ((tracking._MlflowRun, "end"),),
+    "checkpoint": ((checkpoint, "save"),),
+    "plots": ((plots, "curves"), (plots, "confusion_matrix")),
+    "words": ((progress, "say"),),
+}
+
+
+class Clock:
+    """Seconds that each part took in each job, nested ones only counted once: for the inner part."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Counter[str]] = []
+        self._inner_s: list[float] = []  # for each call under way, what its inner ones took
+
+    def time(self, owner: ModuleType | type, name: str, part: str) -> None:
+        """Time the calls of `owner.name` from now on."""
+        setattr(owner, name, self._timed(getattr(owner, name), part))
+
+    def time_jobs(self, owner: ModuleType, name: str) -> None:
+        """Begin a job with each call of `owner.name`, and time it whole."""
+        call = self._timed(getattr(owner, name), "else")
+
+        def job(*given: Any, **named: Any) -> Any:
+            self.jobs.append(Counter())
+            return call(*given, **named)
+
+        setattr(owner, name, job)
+
+    def _timed(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def timed(*given: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            self._inner_s.append(0.0)
+            try:
+                return call(*given, **named)
+            finally:
+                took = time.perf_counter() - started
+                inner = self._inner_s.pop()
+                if self._inner_s:
+                    self._inner_s[-1] += took
+                if self.jobs:
+                    self.jobs[-1][part] += took - inner
+
+        return timed
+
+
+def measure(jobs: int, folder: Path) -> list[Counter[str]]:
+    """Run the sweep in `folder`; return the seconds of each part of each job, training among them."""
+    clock = Clock()
+    for part, calls in PARTS.items():
+        for owner, name in calls:
+            clock.time(owner, name, part)
+    clock.time_jobs(_launch, "_train_alone")
+    os.chdir(folder)
+    sys.argv[1:] = ["data=fashion_mnist_mini", "epochs=1", f"seed=range({jobs})", "sweep.workers=1", "-m"]
+    with contextlib.redirect_stdout(sys.stderr):
+        code = cli.main()
+    if code:
+        raise SystemExit(f"the sweep ended with code {code}")
+    (sweep,) = (folder / "outputs" / "sweeps").iterdir()
+    for number, job in enumerate(clock.jobs):
+        (line,) = (sweep / str(number) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        epoch_s = json.loads(line)["speed/epoch_s"]
+        job["training"], job["else"] = epoch_s, job["else"] - epoch_s
+    return clock.jobs
+
+
+def table(jobs: list[Counter[str]]) -> Table:
+    """A row for each part: the first job, and the median and range of the others."""
+    shown = Table(title=f"ms of a job, {len(jobs)} jobs, {os.cpu_count()} cores", title_justify="left")
+    for heading in ("part", "first job", "every other"):
+        shown.add_column(heading, no_wrap=True, justify="left" if heading == "part" else "right")
+    beyond = [job.total() - job["training"] for job in jobs]
+    rows = {part: [job[part] for job in jobs] for part in ("training", *PARTS, "else")}
+    for name, seconds in (rows | {"all but training": beyond}).items():
+        first, *others = (1000 * value for value in seconds)
+        spread = f"{statistics.median(others):.1f} ({min(others):.1f} to {max(others):.1f})"
+        shown.add_row(name, f"{first:.0f}", spread)
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--jobs", type=int, default=50, help="at least 2")
+    parser.add_argument("--json", type=Path, help="also write every sample there")
+    chosen = parser.parse_args()
+    file = chosen.json.absolute() if chosen.json else None
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = measure(chosen.jobs, Path(folder))
+        os.chdir("/")
+    Console(width=150).print(table(jobs))
+    if file:
+        facts = identity.environment("cpu", os.cpu_count() or 1, "overhead")
+        file.write_text(json.dumps({"machine": facts, "jobs_s": jobs}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
