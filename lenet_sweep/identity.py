@@ -23,6 +23,7 @@ RESULT_SOURCES = (
     "devices.py",
     "engine.py",
     "fused.py",
+    "layers.py",
     "model.py",
     "native.cpp",
     "native.py",

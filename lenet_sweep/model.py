@@ -9,7 +9,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from lenet_sweep import shapes
+from lenet_sweep import layers, shapes
 from lenet_sweep.config import CLASSES, IMAGE_SHAPE, ModelConfig
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "silu": nn.SiLU,
 }
-POOLS: dict[str, type[nn.Module]] = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
+POOLS: dict[str, type[nn.Module]] = {"avg": layers.AvgPool2d, "max": layers.MaxPool2d}
 
 
 def build(config: ModelConfig, generator: torch.Generator) -> nn.Sequential:
@@ -45,8 +45,10 @@ def _module(layer: shapes.Layer, config: ModelConfig) -> nn.Module:
     # skip_init: torch's own initialisation would draw from the global generator.
     match layer.kind:
         case "conv":
-            conv = nn.utils.skip_init(nn.Conv2d, inputs, outputs, config.kernel_size, padding=layer.padding)
-            assert isinstance(conv, nn.Conv2d)
+            conv = nn.utils.skip_init(
+                layers.Conv2d, inputs, outputs, config.kernel_size, padding=layer.padding
+            )
+            assert isinstance(conv, layers.Conv2d)
             return conv
         case "activation":
             return ACTIVATIONS[config.activation]()

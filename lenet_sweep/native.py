@@ -9,6 +9,7 @@ Shape suffixes: N examples.
 import ctypes
 import functools
 import mmap
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ _TOLERANCE = 1e-3  # of a gradient's length; rounding gives 1e-5, a mistake 1e-1
 class Native:
     """Takes the gradients of `network`, whose float32 parameters it reads where they are.
 
+    Parameters and their `.grad` may change in value, but must stay the tensors that they are.
     Instances share nothing; one instance is for one thread at a time.
     """
 
@@ -43,10 +45,13 @@ class Native:
         self._library = _load(compiler.library(config))
         self._threads = threads
         self._parameters = list(network.parameters())
-        for parameter in self._parameters:
+        self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             assert parameter.dtype == torch.float32
             assert parameter.is_contiguous()
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = gradient
+        # Made once: at every step they would cost a hundredth of it.
+        self._weights_at, self._gradients_at = _pointers(self._parameters), _pointers(self._gradients)
         self._totals = torch.zeros(2, dtype=torch.float64)
         self._size, self._workspace = 0, mmap.mmap(-1, 1)
         self._address(1)
@@ -57,11 +62,12 @@ class Native:
 
         The tensor returned is the same at every call, and overwritten by the next one.
         """
+        assert self._parameters[0].grad is self._gradients[0], "zero_grad took the gradients away"
         size = len(indices_N)
         workspace = self._address(size)
         self._library.gradients(
-            _pointers(self._parameters),
-            _pointers([p.grad for p in self._parameters]),
+            self._weights_at,
+            self._gradients_at,
             examples.images_NCHW.data_ptr(),
             examples.labels_N.data_ptr(),
             indices_N.data_ptr(),
@@ -85,7 +91,7 @@ class Native:
 
     def _evaluate(self, examples: Split, predicted: int | None) -> None:
         self._library.evaluate(
-            _pointers(self._parameters),
+            self._weights_at,
             examples.images_NCHW.data_ptr(),
             examples.labels_N.data_ptr(),
             len(examples),
@@ -129,10 +135,8 @@ def _zeroed(size: int) -> mmap.mmap:
     return memory
 
 
-def _pointers(
-    tensors: list[Tensor] | list[nn.Parameter] | list[Tensor | None],
-) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors if t is not None])
+def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
 def _check(native: Native, config: ModelConfig) -> None:

@@ -18,6 +18,9 @@ def optimizer(
     config: SGDConfig | AdamConfig, parameters: Iterable[torch.nn.Parameter]
 ) -> torch.optim.Optimizer:
     """The optimizer of `config` over `parameters`."""
+    parameters = list(parameters)
+    # On a CPU, the call of a kernel costs more than its work: there, one for all tensors.
+    fused = True if all(parameter.device.type == "cpu" for parameter in parameters) else None
     if isinstance(config, SGDConfig):
         return torch.optim.SGD(
             parameters,
@@ -25,11 +28,17 @@ def optimizer(
             momentum=config.momentum,
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
+            fused=fused,
         )
     make = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     beta1, beta2 = config.betas
     return make(
-        parameters, lr=config.lr, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay
+        parameters,
+        lr=config.lr,
+        betas=(beta1, beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=fused,
     )
 
 

@@ -58,7 +58,7 @@ def test_network_equals_the_tutorials_sequential(activation, pool, modules):
     oracle = tutorial_network(*modules)
     oracle.load_state_dict(dict(zip(oracle.state_dict(), network.state_dict().values(), strict=True)))
     images_NCHW = torch.rand(7, 1, 28, 28, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(network(images_NCHW), oracle(images_NCHW))
+    torch.testing.assert_close(network(images_NCHW), oracle(images_NCHW))
 
 
 def test_lenet_has_the_tutorials_number_of_weights():

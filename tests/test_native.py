@@ -56,6 +56,14 @@ def noise():
     return datasets.Split(images, torch.randint(10, (300,), generator=draw))
 
 
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def gradients(step):
     return [parameter.grad.clone() for parameter in step.network.parameters()]
 
@@ -89,6 +97,25 @@ def test_number_of_threads_changes_no_bit(make_native, mini, overrides, size):
     assert all(result == results[0] for result in results)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "nesterov", "adam", "adamw"])
+def test_number_of_threads_changes_no_bit_of_the_trained_weights(make_config, mini, set_threads, optimizer):
+    # So wide that the optimizer's threads share the first dense layer's weights, in odd parts.
+    config = make_config(
+        "data=fashion_mnist_mini", f"optimizer={optimizer}", "lr=0.01", "model.hidden=[403,84]"
+    )
+    trained = []
+    for threads in (1, 2, 3, 8):
+        network = model.build(config.model, generator(0, "init"))
+        step = Native(network, config.model, threads)
+        steps = optim.optimizer(config.optimizer, network.parameters())
+        set_threads(threads)
+        for indices in torch.arange(500).split(100):
+            step.gradients(mini.train, indices)
+            steps.step()
+        trained.append([weight.tolist() for weight in network.parameters()])
+    assert all(weights == trained[0] for weights in trained)
+
+
 def test_training_follows_autograd(make_config, mini):
     config = make_config("data=fashion_mnist_mini", "epochs=2", "lr=0.5", "optimizer=momentum")
     curves = []
@@ -106,6 +133,13 @@ def test_evaluation_and_prediction_are_those_of_autograd(make_native, mini):
     oracle = engine.Autograd(step.network)
     assert engine.evaluate(step, mini.test) == pytest.approx(engine.evaluate(oracle, mini.test), abs=1e-5)
     assert torch.equal(step.predict(mini.test), oracle.predict(mini.test))
+
+
+def test_gradients_that_were_taken_away_are_noticed(make_native, mini):
+    step = make_native()
+    step.network.zero_grad()
+    with pytest.raises(AssertionError, match="zero_grad"):
+        step.gradients(mini.train, torch.arange(10))
 
 
 def test_instances_share_nothing(make_native, mini):

@@ -40,3 +40,30 @@ def test_weight_decay_reaches_the_optimizer(make_config):
         config = make_config(f"optimizer={name}", "optimizer.weight_decay=0.25")
         optimizer = optim.optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
         assert optimizer.param_groups[0]["weight_decay"] == 0.25
+
+
+PLAIN = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, foreach=False),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=False),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, foreach=False),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.1, foreach=False),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.01, foreach=False),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_one_kernel_for_all_tensors_does_what_torchs_plain_loop_does(make_config, name):
+    draw = torch.Generator().manual_seed(0)
+    start = [torch.randn(size, generator=draw, dtype=torch.float64) for size in (1, 7, 1000)]
+    steps = [[torch.randn(len(t), generator=draw, dtype=torch.float64) for t in start] for _ in range(5)]
+    config = make_config(f"optimizer={name}", "lr=0.1")
+    results = []
+    for make in (lambda p: optim.optimizer(config.optimizer, p), PLAIN[name]):
+        parameters = [torch.nn.Parameter(tensor.clone()) for tensor in start]
+        optimizer = make(parameters)
+        for gradients in steps:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+        results.append(torch.cat(parameters).detach())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
