@@ -44,7 +44,7 @@ MISTAKES = [
     (["model=lenett"], ["model=lenett", "Did you mean 'lenet'?", "lenet, lenet_relu_max"]),
     (["optimizer=sgd,sdg", "-m"], ["optimizer=sdg", "Did you mean 'sgd'?", "adam, adamw, momentum"]),
     (["+debug=fats"], ["debug=fats", "Did you mean 'fast'?", "fast, overfit, profile"]),
-    (["+experiment=none_such", "-m"], ["experiment=none_such", "Options of experiment: learning_rates"]),
+    (["+experiment=none_such", "-m"], ["experiment=none_such", "Options of experiment: "]),
     (["debug=fast"], ["+debug="]),
     # --- devices
     (["device=gpu"], ["device='gpu'", "auto, cpu, mps, cuda or cuda:N"]),
