@@ -35,7 +35,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from lenet_sweep import config as configs
 from lenet_sweep.config import Config
 from lenet_sweep.errors import ConfigError, LenetSweepError, OutputError, TrackingError
-from lenet_sweep.paths import check_writable, conf_dir
+from lenet_sweep.paths import check_writable, conf_dir, write_atomic
 
 if TYPE_CHECKING:
     from lenet_sweep.comparison import Comparison
@@ -271,7 +271,7 @@ def compare(arguments: list[str]) -> None:
         raise ConfigError(
             f"{strange[0]}: only tracking=... and tracking.uri=... can be set here; see --filter"
         )
-    for path in filter(None, (given.csv, given.json, given.html, given.figures)):
+    for path in filter(None, (given.csv, given.json, given.markdown, given.html, given.figures)):
         check_writable(path.parent)
     names = [word for word in given.words if word not in overrides]
     everything = given.csv or given.json or given.html or given.figures
@@ -296,6 +296,9 @@ def _write(given: argparse.Namespace, result: "Comparison", chosen: "Selection")
     if given.json:
         report.write_json(result, given.json)
         written.append(given.json)
+    if given.markdown:
+        write_atomic(given.markdown, report.comparison_markdown(result))
+        written.append(given.markdown)
     if given.html:
         page.write(result, chosen, given.html)
         written.append(given.html)
@@ -323,6 +326,7 @@ def _compare_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--filter", help="only runs that MLflow's filter selects: \"params.lr = '0.1'\"")
     parser.add_argument("--csv", type=Path, metavar="F", help="write the table to F, with all digits")
     parser.add_argument("--json", type=Path, metavar="F", help="write table and runs to F")
+    parser.add_argument("--markdown", type=Path, metavar="F", help="write the answer and the table to F")
     parser.add_argument("--html", type=Path, metavar="F", help="write a page with pictures to F")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="write PNG and SVG pictures to DIR")
     given = parser.parse_intermixed_args(arguments)

@@ -29,7 +29,7 @@ def write(found: Comparison, selection: Selection, path: Path) -> None:
     parts = {
         "title": _text(f"{found.metric}: {selection.title}"),
         "counts": _text(_counts(found)),
-        "answer": _text(answer(found)),
+        "answer": _text(report.answer(found)),
         "notes": "".join(f'<p class="dim">{_text(note)}</p>' for note in comparison.notes(found)),
         "table": _table(found),
         "pictures": _text(_how_to_read(found)),
@@ -42,27 +42,6 @@ def write(found: Comparison, selection: Selection, path: Path) -> None:
     # Split, not replaced in turn: a text that looks like a placeholder must not become one.
     pieces = (PACKAGE / "page.html").read_text(encoding="utf-8").split("@@")
     write_atomic(path, "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces)))
-
-
-def answer(found: Comparison) -> str:
-    """The sweep's answer in a sentence or two."""
-    places = report.digits(found)
-    judged = [group for group in found.groups if group.final]
-    if not judged:
-        return "No run ended well, so there is nothing to compare."
-    best, final = judged[0], judged[0].final
-    assert final is not None
-    runs = "one run" if final.n == 1 else f"{final.n} runs, 95 % interval {report.interval(final, places)}"
-    text = f"Best: {found.label(best)} with {found.metric} {report.spread(final, places)} ({runs})."
-    tied = sum(group.verdict == "tied" for group in judged)
-    unknown = sum(group.verdict == "unknown" for group in judged)
-    if tied:
-        text += f" {tied} of the {len(judged) - 1} others cannot be told from it."
-    elif unknown:
-        text += " With one run each, nothing can be told from it: add seeds."
-    elif len(judged) > 1:
-        text += " All others are worse by more than chance."
-    return text
 
 
 def _text(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # they import torch
     from lenet_sweep.predict import Prediction
 
 MARKS = {"best": "best", "tied": "~", "worse": "", "unknown": "?", "none": ""}
+_HEADINGS = ("n", "final", "95 % interval", "best", "at epoch", "seconds", "verdict", "left out")
 _LISTED = 20  # runs that did not end, below a table
 _COMMON = ("data.name", "model.name", "lr", "epochs", "optimizer.name", "batch_size")
 
@@ -106,13 +108,60 @@ def comparison_table(comparison: Comparison) -> Table:
     for key in comparison.by or ("",):
         table.add_column(plain(comparisons.short(key)), overflow="fold")
     table.add_column("n", justify="right")
-    for heading in ("final", "95 % interval", "best", "at epoch", "seconds"):
-        table.add_column(heading, justify="right")
-    for heading in ("verdict", "left out"):
-        table.add_column(heading)
+    for heading in _HEADINGS[1:]:
+        table.add_column(heading, justify="left" if heading in ("verdict", "left out") else "right")
     for group in comparison.groups:
         table.add_row(*map(plain, _cells(comparison, group)), style=_style(group))
     return table
+
+
+def answer(found: Comparison) -> str:
+    """The sweep's answer in a sentence or two."""
+    places = digits(found)
+    judged = [group for group in found.groups if group.final]
+    if not judged:
+        return "No run ended well, so there is nothing to compare."
+    best, final = judged[0], judged[0].final
+    assert final is not None
+    runs = "one run" if final.n == 1 else f"{final.n} runs, 95 % interval {interval(final, places)}"
+    text = f"Best: {found.label(best)} with {found.metric} {spread(final, places)} ({runs})."
+    tied = sum(group.verdict == "tied" for group in judged)
+    unknown = sum(group.verdict == "unknown" for group in judged)
+    if tied:
+        text += f" {tied} of the {len(judged) - 1} others cannot be told from it."
+    elif unknown:
+        text += " With one run each, nothing can be told from it: add seeds."
+    elif len(judged) > 1:
+        text += " All others are worse by more than chance."
+    return text
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """The answer, what each choice reaches at its best, and the table, in Markdown."""
+    choices = [
+        f"- {comparisons.short(key)}: {', '.join(_at_best(comparison, key, place))}"
+        for place, key in enumerate(comparison.by)
+        if len(comparison.by) > 1
+    ]
+    best = ["Each choice at its best, with the best of the others:", "", *choices, ""] if choices else []
+    headings = [*map(comparisons.short, comparison.by), *_HEADINGS]
+    rows = [headings, ["---"] * len(headings), *(_cells(comparison, group) for group in comparison.groups)]
+    table = [f"| {' | '.join(map(_markdown, row))} |" for row in rows]
+    return "\n".join([answer(comparison), "", *best, *table, "", *comparison_lines(comparison)]) + "\n"
+
+
+def _at_best(comparison: Comparison, key: str, place: int) -> list[str]:
+    """For each value of a key, the best that any group with it reached, the best first."""
+    firsts = {group.key[place]: group for group in reversed(comparison.groups) if group.final}
+    ranked = [group for group in comparison.groups if firsts.get(group.key[place]) is group]
+    return [
+        f"**{_markdown(group.key[place])}** {spread(group.final, digits(comparison))}" for group in ranked
+    ]
+
+
+def _markdown(text: str) -> str:
+    """Text from a store in a cell: nothing in it is markup."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!])", r"\\\1", plain(text).plain)
 
 
 def comparison_lines(comparison: Comparison) -> list[str]:

@@ -214,3 +214,20 @@ def test_server_gives_the_same_numbers_as_its_database(compare, server):
     done = compare("first", f"tracking.uri={server}", "--json", "remote.json")
     assert done.returncode == 0, done.stderr
     assert groups("remote.json") == groups()
+
+
+def test_markdown_has_the_answer_and_a_row_for_every_group_and_no_markup_of_others(compare, sweeps):
+    done = compare("second", "--markdown", "t.md", "--json", "t.json")
+    assert done.returncode == 0, done.stderr
+    text = Path("t.md").read_text()
+    assert text.splitlines()[0].startswith("Best: ")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == len(groups())
+    for row, group in zip(rows, groups(), strict=True):
+        assert row[0] == f"| {group['lr']}"
+        assert (row[3] or None) == (group["final_mean"] and f"{group['final_mean']:.3f}")
+    best = {}
+    for group in groups():
+        if group["final_mean"] is not None:
+            best.setdefault(group["lr"], f"**{group['lr']}** {group['final_mean']:.3f}")
+    assert f"- lr: {', '.join(best.values())}" in text

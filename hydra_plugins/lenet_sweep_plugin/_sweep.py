@@ -180,7 +180,7 @@ def _write_page(planned: list[Planned], folder: Path) -> str:
         page.write(found, Selection(folder.name, tuple(runs), (command,)), folder / "report.html")
     except OSError as error:
         return f"report.html could not be written: {error.strerror}"
-    return f"report {folder / 'report.html'}\n{page.answer(found)}"
+    return f"report {folder / 'report.html'}\n{report.answer(found)}"
 
 
 def _before(job: Planned) -> Record:

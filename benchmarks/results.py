@@ -1,0 +1,99 @@
+"""Runs the published comparisons of conf/experiment/ and writes docs/results.md from what they left.
+
+python -m benchmarks.results [NAME...] [--folder outputs/published]
+
+Each comparison is a sweep like any other: interrupted, it goes on; finished, it is only compared
+again. Tables and sentences are those of `python -m lenet_sweep compare`, pictures its figures.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from lenet_sweep import identity
+from lenet_sweep.paths import conf_dir
+
+DOCS = Path(__file__).parents[1] / "docs"
+# Trained for `predict --elsewhere`, which draws what they are for.
+NOT_COMPARED = ("activations_ood",)
+
+HEAD = """# Results
+
+Each section is one sweep of `conf/experiment/`: its question, its command, and what it showed. Test
+accuracy after the last epoch: mean and standard deviation over three seeds, 95 % interval of the mean;
+`~` cannot be told from the best (Welch's t-test, Holm's correction). Settings are compared on the test
+set, so the winner of many is a little flattered. All of it is written by `python -m benchmarks.results`.
+
+Trained on: {machine}.
+"""
+
+
+def experiments() -> list[str]:
+    """The published comparisons, by name."""
+    return [
+        path.stem
+        for path in sorted((conf_dir() / "experiment").glob("*.yaml"))
+        if path.stem not in NOT_COMPARED
+    ]
+
+
+def question(name: str) -> tuple[str, str]:
+    """The command and the question that a comparison's file opens with."""
+    lines = (conf_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    return lines[1].removeprefix("# "), lines[2].removeprefix("# ")
+
+
+def train(name: str, folder: Path) -> None:
+    """Run the comparison's sweep, or what is missing of it."""
+    _command(folder, f"+experiment={name}", f"tracking.experiment={name}", "-m")
+
+
+def section(name: str, folder: Path) -> str:
+    """The comparison in Markdown; its pictures go to docs/images/."""
+    command, asked = question(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        table, figures = Path(temporary) / "table.md", Path(temporary) / "figures"
+        everything = ["--filter", "attributes.status != 'RUNNING'", f"tracking.experiment={name}"]
+        _command(folder, "compare", *everything, "--markdown", str(table), "--figures", str(figures))
+        pictures = []
+        for picture in ("choices", "heatmap", "curves"):
+            if (figures / f"{picture}.png").exists():
+                target = DOCS / "images" / f"{name}_{picture}.png"
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(figures / f"{picture}.png", target)
+                pictures.append(f"![{name}: {picture}](images/{target.name})")
+        parts = [f"## {asked}", f"```bash\n{command}\n```", table.read_text(encoding="utf-8"), *pictures]
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _command(folder: Path, *arguments: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "lenet_sweep", *arguments], cwd=folder)
+    if done.returncode not in (0, 1):  # a run that diverges is a result
+        raise SystemExit(done.returncode)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all, {', '.join(experiments())}")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("outputs") / "published", help="where it is trained"
+    )
+    chosen = parser.parse_args()
+    chosen.folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("LENET_SWEEP_DATA", str(Path("data").absolute()))
+    for name in chosen.names or experiments():
+        train(name, chosen.folder)
+    facts = identity.environment("cpu", os.cpu_count() or 1, "auto")
+    machine = f"{facts['cpu']}, {facts['cpu_count']} cores, torch {facts['packages']['torch']}"
+    sections = [section(name, chosen.folder) for name in experiments() if (chosen.folder / "mlruns").exists()]
+    (DOCS / "results.md").write_text("\n".join([HEAD.format(machine=machine), *sections]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
