@@ -30,14 +30,16 @@ def test_the_tutorials_network_is_ours(make_config, preset):
     theirs = tutorial.network(relu_max=preset == "lenet_relu_max")
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         other.data.copy_(mine.data)
-    images, labels = torch.rand(32, 1, 28, 28), torch.arange(32) % 10
+    ours, theirs = ours.double(), theirs.double()
+    images, labels = torch.rand(32, 1, 28, 28, dtype=torch.float64), torch.arange(32) % 10
     losses = [F.cross_entropy(network(images), labels) for network in (ours, theirs)]
-    assert losses[0].item() == losses[1].item()
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
     gradients = [
         torch.autograd.grad(loss, list(network.parameters()))
         for loss, network in zip(losses, (ours, theirs), strict=True)
     ]
-    assert all(torch.equal(mine, other) for mine, other in zip(*gradients, strict=True))
+    for mine, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
 
 
 def test_the_tutorials_loop_learns(monkeypatch, data_root):

@@ -91,7 +91,7 @@ def test_sweep_folder_is_never_used_twice(cli, tmp_path):
 def test_experiment_carries_its_sweep_with_it(cli):
     done = cli("+experiment=learning_rates", "sweep.dry_run=true", "data=fashion_mnist_mini", "-m")
     assert done.returncode == 0, done.stderr
-    assert "9 runs would be trained" in done.stdout
+    assert "27 runs would be trained" in done.stdout  # 3 lr x 3 epochs x 3 seeds
 
 
 def test_job_whose_folder_cannot_be_made_stops_no_other(cli, tmp_path):
