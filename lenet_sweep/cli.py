@@ -1,4 +1,4 @@
-"""The command line: `compare`, `data`, `predict`, `reproduce`, `sync` are our own, all else is Hydra's.
+"""The command line: `compare`, `data`, `predict`, `reproduce`, `sync`, `ui` are our own, all else is Hydra's.
 
 Hydra composes the config and makes the output folder, and `task` hands both to `run`. Torch and
 mlflow are imported only when a run starts, so that --help, --cfg and completion answer at once.
@@ -336,6 +336,45 @@ def _compare_arguments(arguments: list[str]) -> argparse.Namespace:
     return given
 
 
+def ui(arguments: list[str]) -> None:
+    """Open MLflow's pages on a sweep: its runs, what was swept, curves. Ctrl-C ends the server."""
+    from lenet_sweep import progress
+    from lenet_sweep import ui as pages
+
+    parser = argparse.ArgumentParser(
+        "python -m lenet_sweep ui",
+        description=inspect.cleandoc(ui.__doc__ or ""),
+        epilog="tracking.uri=... says which store; one that is a server already is only opened.",
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="SWEEP",
+        help="a sweep's or run's id or folder, or the start of an id (default: the latest sweep)",
+    )
+    parser.add_argument(
+        "--port", type=_port, help=f"of the server (default: {pages.PORT}, or a free one after it)"
+    )
+    parser.add_argument("--no-browser", action="store_true", help="only print the page's address")
+    given = parser.parse_intermixed_args(arguments)
+    overrides = [word for word in given.words if word.startswith("tracking")]
+    names = [word for word in given.words if word not in overrides]
+    if len(names) > 1:
+        raise ConfigError(f"{' '.join(names)}: the pages open on one sweep or run; name one")
+    store = _compose(overrides).tracking
+    if isinstance(store, configs.NoTrackingConfig):
+        raise ConfigError("tracking=none: keeps nothing that MLflow could show; see report.html of a sweep")
+    if hasattr(signal, "SIGHUP"):  # a terminal that is closed must not leave the server behind
+        signal.signal(signal.SIGHUP, _interrupt)
+    pages.run(names[0] if names else None, store, given.port, not given.no_browser, progress.say)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: 1 to 65535")
+    return int(text)
+
+
 def _compose(overrides: list[str]) -> Config:
     """The config that these overrides alone make."""
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -358,6 +397,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "predict": predict,
     "reproduce": reproduce,
     "sync": sync,
+    "ui": ui,
 }
 
 
@@ -400,19 +440,25 @@ def _planned(composed: DictConfig, hydra_config: HydraConf) -> tuple[Config, "Jo
     if plan is None:
         label = " ".join(hydra_config.overrides.task)
         return to_config(composed), Job(folder.name, number + 1, None, label)
-    planned = plan["jobs"][number]
-    job = Job(folder.name, number + 1, len(plan["jobs"]), planned["label"])
-    return configs.parse(planned["config"]), job
+    return configs.parse(plan["jobs"][number]["config"]), planned_job(folder, plan, number)
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:
-    """What our sweeper wrote into the sweep's folder: `jobs`, each with label, overrides and config."""
+    """What our sweeper wrote into its folder: `jobs`, each with label, colour, overrides and config."""
     plan = folder / "sweep.json"
     if not plan.exists():
         return None
     values = json.loads(plan.read_text(encoding="utf-8"))
     assert isinstance(values, dict)
     return values
+
+
+def planned_job(folder: Path, plan: dict[str, Any], number: int) -> "Job":
+    """The place in the sweep of the job with this number (from 0) in its plan."""
+    from lenet_sweep.plan import Job
+
+    planned = plan["jobs"][number]
+    return Job(folder.name, number + 1, len(plan["jobs"]), planned["label"], planned["colour"])
 
 
 def _in_words(error: Exception) -> LenetSweepError:

@@ -17,13 +17,15 @@ Action = Literal["train", "resume", "skip", "wait"]
 class Job:
     """A run's place in a sweep: `number` counts from 1; `total` is None where nobody knows it.
 
-    `label` says what tells the run from the others, as in "lr=0.1 seed=2".
+    `label` says what tells the run from the others, as in "lr=0.1 seed=2"; `colour` (#rrggbb) is that
+    of its curves on MLflow's pages, '' for whatever they choose.
     """
 
     sweep_id: str
     number: int
     total: int | None
     label: str
+    colour: str = ""
 
     @property
     def long_label(self) -> str:

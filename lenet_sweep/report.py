@@ -101,8 +101,11 @@ def label(overrides: Sequence[str], varied: Sequence[str]) -> str:
     return " ".join(override for override in overrides if override.partition("=")[0] in varied)
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """A row for every group, the best first: means, spreads, and what can be told from the best."""
+def comparison_table(comparison: Comparison, at_most: int | None = None) -> Table:
+    """A row for every group, the best first: means, spreads, and what can be told from the best.
+
+    With more than `at_most` groups the others are only counted.
+    """
     title = f"{comparison.metric}  {common(comparison)}".rstrip()
     table = Table(title=plain(title), title_justify="left")
     for key in comparison.by or ("",):
@@ -110,8 +113,10 @@ def comparison_table(comparison: Comparison) -> Table:
     table.add_column("n", justify="right")
     for heading in _HEADINGS[1:]:
         table.add_column(heading, justify="left" if heading in ("verdict", "left out") else "right")
-    for group in comparison.groups:
+    for group in comparison.groups[:at_most]:
         table.add_row(*map(plain, _cells(comparison, group)), style=_style(group))
+    if at_most and len(comparison.groups) > at_most:
+        table.caption = f"and {len(comparison.groups) - at_most} more: python -m lenet_sweep compare"
     return table
 
 

@@ -76,11 +76,12 @@ class Order:
 
     @property
     def name(self) -> str:
-        """The run's name among others: what was overridden and can change a number."""
+        """The run's name among others: what was overridden and can change a number, what is swept first."""
         telling = [
             o for o in self.overrides if not o.startswith(("tracking", "data.root", "sweep.", "hydra"))
         ]
-        return " ".join(telling)[:250]
+        swept = f" {self.job.label} " if self.job else ""
+        return " ".join(sorted(telling, key=lambda o: f" {o} " not in swept))[:250]
 
     @property
     def label(self) -> str:
@@ -612,6 +613,8 @@ def _last_words(running: _Running) -> None:
         progress.say(f"output folder {running.order.folder}")
         for line in running.tracked.where():
             progress.say(line)
+        if run_id := running.tracked.run_id:
+            progress.say(tracking.ui_command(run_id[:8], running.order.overrides))
 
 
 def _store(config: Config) -> str | None:
@@ -634,6 +637,8 @@ def _tags(config_hash: str, job: Job | None, origin: str | None) -> dict[str, st
         tags["mlflow.source.git.commit"] = git.commit
     if job:
         tags["sweep_id"] = job.sweep_id
+    if job and job.colour:
+        tags["mlflow.runColor"] = job.colour
     if origin:
         tags["origin"] = origin
     return tags

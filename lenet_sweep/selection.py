@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lenet_sweep import config as configs
-from lenet_sweep import records, tracking
+from lenet_sweep import ledger, records, tracking
 from lenet_sweep.config import MlflowConfig, NoTrackingConfig
 from lenet_sweep.errors import ConfigError
 from lenet_sweep.records import Record
 
 SWEEPS = Path("outputs") / "sweeps"  # below the folder that the command is run in
+_MOST_NAMED = 80  # runs in a filter that names each: MLflow keeps no longer ones in a view
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,16 @@ class Selection:
     title: str
     runs: tuple[Record, ...]
     commands: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a page of MLflow is to show: one run, or `runs`, which MLflow's filter `condition` selects."""
+
+    title: str
+    runs: tuple[Record, ...] = ()
+    condition: str = ""
+    run_id: str | None = None
 
 
 def select(
@@ -52,22 +63,59 @@ def select(
     return Selection(title, tuple(runs.values()), tuple(c for part in parts for c in part.commands))
 
 
+def place(name: str | None, store: MlflowConfig) -> Place:
+    """What MLflow's pages are to show for `name`, as in `select`; without one, and without a sweep, all runs.
+
+    Raises:
+        ConfigError: if the name is nobody's.
+        TrackingError: if the store cannot be asked.
+    """
+    if name is None:
+        latest = tracking.latest_sweep(store)
+        return _sweeps_place(latest, store) if latest else Place("all runs", _all(store))
+    if Path(name).is_dir():
+        result = ledger.read_result(Path(name))
+        name = (result.run_id if result else None) or Path(name).absolute().name
+    sweep_id, run_id = _find(name, store)
+    return _sweeps_place(sweep_id, store) if sweep_id else Place(run_id, run_id=run_id)
+
+
+def _sweeps_place(sweep_id: str, store: MlflowConfig) -> Place:
+    """A sweep's runs, and with them those that were finished before it, as far as a filter can name them."""
+    runs = _of_sweep(sweep_id, store, None, ()).runs
+    own = tracking.of_sweep(sweep_id)
+    if not records.read_plan(SWEEPS / Path(sweep_id).name).finished_before or len(runs) > _MOST_NAMED:
+        return Place(f"sweep {sweep_id}", runs, own)
+    return Place(f"sweep {sweep_id}", runs, tracking.of_runs([run.name for run in runs]))
+
+
+def _all(store: MlflowConfig) -> tuple[Record, ...]:
+    return tuple(tracking.records(store, "", ()))
+
+
 def _of_name(name: str, store: MlflowConfig, chosen: str | None, metrics: Sequence[str]) -> Selection:
     if Path(name).is_dir():
         if chosen:
             raise ConfigError(f"--filter: is MLflow's; give the sweep as an id, not as the folder {name!r}")
         return _of_folder(Path(name))
+    sweep_id, run_id = _find(name, store)
+    if sweep_id:
+        return _of_sweep(sweep_id, store, chosen, metrics)
+    return Selection(run_id[:8], tuple(tracking.records_of(store, [run_id], metrics)), ())
+
+
+def _find(name: str, store: MlflowConfig) -> tuple[str, str]:
+    """The id of the sweep, or else of the run, whose id starts with `name`; the other one is ''."""
     sweeps = tracking.sweeps(store, name)
     if len(sweeps) == 1:
-        return _of_sweep(sweeps[0], store, chosen, metrics)
+        return sweeps[0], ""
     if sweeps:
         raise ConfigError(f"{name!r}: {len(sweeps)} sweeps start so: {', '.join(sweeps[:5])}")
     if not set(name) <= set("0123456789abcdef"):
         raise ConfigError(
             f"{name!r}: is neither a folder, nor the id of a sweep or a run, nor the start of one"
         )
-    run_id = tracking.find_run(store, name)
-    return Selection(run_id[:8], tuple(tracking.records_of(store, [run_id], metrics)), ())
+    return "", tracking.find_run(store, name)
 
 
 def _of_sweep(sweep_id: str, store: MlflowConfig, chosen: str | None, metrics: Sequence[str]) -> Selection:

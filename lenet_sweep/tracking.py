@@ -6,25 +6,28 @@ number: training goes on, and `deliver` sends what is missing, with its true tim
 run or at any later command. Sending anything twice leaves it there once.
 """
 
+import base64
 import http.client
 import json
 import logging
 import os
 import queue
 import re
+import shlex
 import socket
 import sqlite3
 import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 import yaml
@@ -48,8 +51,19 @@ _BATCH = 1000  # metrics in one call, MLflow's limit
 _PAGE = 1000  # runs in one answer
 _AT_ONCE = 8  # requests to a server
 _QUESTIONS_A_PAGE = 400  # questions for one run each that take longer than reading a page (1.9 s, 8 ms)
+_TOLD = ("train/loss", "train/acc", "val/acc", "test/acc")  # metrics in a run's description
 _RETRY_S = 30  # after a call failed, how long none is tried
 _SQLITE = "sqlite:///"
+_NOTE = "mlflow.note.content"  # the tag whose Markdown MLflow's pages show as a description
+_ABOUT = """Each run is one training of a LeNet variant, tagged with the `sweep_id` it belongs to.
+
+- `python -m lenet_sweep ui` opens the latest sweep's runs, with curves and what was swept
+- `python -m lenet_sweep compare` says which setting is best, and which cannot be told from it
+- `python -m lenet_sweep reproduce RUN` trains a run again, and compares every bit
+"""
+_ABOUT_SWEEPS = (
+    "Each run stands for a whole sweep: its command, its answer, and `report.html` among its artifacts.\n"
+)
 # A dead server blocks each call for minutes at MLflow's own defaults; what is lost is sent again by us.
 _CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
@@ -90,13 +104,24 @@ def check(config: MlflowConfig | NoTrackingConfig) -> None:
     """
     if isinstance(config, NoTrackingConfig):
         return
-    if _is_server(config.uri):
+    if is_server(config.uri):
         _check_server(config.uri)
     elif config.uri.startswith(_SQLITE):
         database = _database(config.uri)
         check_writable(database.parent)
         if database.exists():
             _check_database(database)
+
+
+def check_filled(config: MlflowConfig) -> None:
+    """Refuse a store that there is nothing in yet, or that cannot be reached, as `check` does.
+
+    Raises:
+        ConfigError, OutputError, TrackingError
+    """
+    check(config)
+    if config.uri.startswith(_SQLITE) and not _database(config.uri).exists():
+        raise ConfigError(f"there are no runs yet in {config.uri}; another store is tracking.uri=...")
 
 
 def open_run(
@@ -117,7 +142,7 @@ def open_run(
     """
     if isinstance(config, NoTrackingConfig):
         return _Untracked()
-    uri = _absolute(config.uri)
+    uri = absolute(config.uri)
     registration = Registration(uri, config.experiment, name, tags | _process(), start_ms, run_id)
     run = _MlflowRun(registration, folder)
     run.begin()
@@ -250,8 +275,7 @@ def records_of(
     """Those of the runs with these ids that the store has and the filter `chosen` selects; as `records`."""
     found = []
     for i in range(0, len(run_ids), _PAGE):
-        listed = ", ".join(map(_quoted, run_ids[i : i + _PAGE]))
-        condition = f"attributes.run_id IN ({listed})"
+        condition = of_runs(run_ids[i : i + _PAGE])
         found += records(config, f"{condition} and {chosen}" if chosen else condition, metrics)
     return found
 
@@ -270,6 +294,21 @@ def find_run(config: MlflowConfig, prefix: str) -> str:
 def of_sweep(sweep_id: str) -> str:
     """MLflow's filter for the runs of a sweep."""
     return f"tags.sweep_id = {_quoted(sweep_id)}"
+
+
+def of_runs(run_ids: Iterable[str]) -> str:
+    """MLflow's filter for the runs with these ids."""
+    return f"attributes.run_id IN ({', '.join(map(_quoted, run_ids))})"
+
+
+def experiment_of(config: MlflowConfig, run_id: str) -> str:
+    """The id of the experiment that a run is in.
+
+    Raises:
+        TrackingError: if the store cannot be asked.
+    """
+    with _asking(config) as client:
+        return str(client.get_run(run_id).info.experiment_id)
 
 
 def deliver_all() -> tuple[int, list[str]]:
@@ -306,12 +345,85 @@ def deliver(folder: Path, result: Result) -> str | None:
     return run.end(result)
 
 
-def ui_command(uri: str) -> str | None:
-    """A complete shell command that serves the MLflow UI on a local database; None for a server."""
-    uri = _absolute(uri)
-    if _is_server(uri):
-        return None
-    return f"python -m mlflow ui --workers 1 --backend-store-uri '{uri}'"
+def ui_command(name: str, overrides: Iterable[str]) -> str:
+    """The shell command that opens MLflow's pages on a sweep or run, by name; '' is the latest sweep.
+
+    `overrides` are the user's own: those that say where the store is are needed again.
+    """
+    store = [override for override in overrides if override.startswith("tracking")]
+    return shlex.join(["python", "-m", "lenet_sweep", "ui", *filter(None, [name]), *store])
+
+
+def run_page(experiment_id: str, run_id: str) -> str:
+    """The page of a run, below a server's address."""
+    return f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+
+def share_view(config: MlflowConfig, key: str, name: str, state: dict[str, Any]) -> str:
+    """Save a view of the experiment's runs for MLflow's pages; return the experiment's id.
+
+    MLflow documents neither where its pages keep a view nor its form (`views.state`): a tag of the
+    experiment, whose value is the zipped state in an envelope. A browser test holds both.
+
+    Raises:
+        ConfigError: if there is nothing in the store yet.
+        TrackingError: if it cannot be asked.
+    """
+    packed = base64.b64encode(zlib.compress(json.dumps(state).encode(), 9)).decode()
+    now = int(time.time() * 1000)
+    envelope = {"name": name, "createdAt": now, "updatedAt": now, "state": f"deflate;{packed}"}
+    with _asking(config) as client:
+        experiment_id = _experiment(client, config.experiment, config.uri)
+        client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{key}", json.dumps(envelope))
+    return experiment_id
+
+
+def serves(address: str, config: MlflowConfig) -> bool:
+    """Whether the server at `address`, of whatever kind, is MLflow's and has this very store."""
+    from mlflow import MlflowClient
+
+    try:
+        _check_server(address)
+        there = _client(address).get_experiment_by_name(config.experiment)
+        here = MlflowClient(absolute(config.uri)).get_experiment_by_name(config.experiment)
+    except _any_errors():
+        return False
+    if there is None or here is None:
+        return False
+    return all(
+        getattr(there, part) == getattr(here, part)
+        for part in ("experiment_id", "creation_time", "artifact_location")
+    )
+
+
+def answers(address: str) -> bool:
+    """Whether a server answers there by now."""
+    try:
+        urllib.request.urlopen(f"{address}/health", timeout=1).close()
+    except (OSError, http.client.HTTPException):
+        return False
+    return True
+
+
+def log_sweep(
+    config: MlflowConfig, sweep_id: str, tags: dict[str, str], metrics: dict[str, float], report: Path
+) -> str | None:
+    """Keep a sweep's report in the store, in a run that stands for the sweep; return what went wrong.
+
+    These runs have an experiment of their own, so that lists of trained runs hold nothing else. When
+    the same sweep ends again its run is updated.
+    """
+    try:
+        client = _client(config.uri)
+        experiment_id = _experiment(client, f"{config.experiment} sweeps", config.uri, _ABOUT_SWEEPS)
+        known = client.search_runs([experiment_id], of_sweep(sweep_id), max_results=1)
+        run = known[0] if known else client.create_run(experiment_id, run_name=sweep_id)
+        _log(client, run.info.run_id, tags | {"sweep_id": sweep_id}, metrics)
+        client.log_artifact(run.info.run_id, str(report))
+        client.set_terminated(run.info.run_id)
+    except _any_errors() as error:
+        return _first_line(error)
+    return None
 
 
 class _Untracked:
@@ -387,10 +499,12 @@ class _MlflowRun:
             client = _client(self.uri)
             if not self._complete:
                 self._send_all(client)
+            tags = {_NOTE: self._description(result)}
             if result.reason:
-                client.set_tag(self.run_id, "failure_reason", result.reason[:PARAM_LENGTH])
+                tags["failure_reason"] = result.reason[:PARAM_LENGTH]
             if result.collapsed:
-                client.set_tag(self.run_id, "collapsed", "true")
+                tags["collapsed"] = "true"
+            _log(client, self.run_id, tags)
             for path in sorted(self._folder.rglob("*")):
                 relative = path.relative_to(self._folder)
                 if path.is_file() and relative.parts[0] in _ARTIFACTS:
@@ -402,15 +516,26 @@ class _MlflowRun:
         return None
 
     def where(self) -> list[str]:
-        """Lines that say where the run is and how to open it."""
+        """Lines that say where the run is."""
         if self.run_id is None:
             return []
-        page = f"#/experiments/{self._experiment_id}/runs/{self.run_id}"
-        command = ui_command(self.uri)
-        lines = [f"MLflow run {self.run_id}"]
-        if command:
-            return [*lines, command, f"    then open http://127.0.0.1:5000/{page}"]
-        return [*lines, f"{self.uri.rstrip('/')}/{page}"]
+        page = [f"{self.uri.rstrip('/')}/{run_page(self._experiment_id, self.run_id)}"]
+        return [f"MLflow run {self.run_id}", *(page if self.is_remote() else [])]
+
+    def _description(self, result: Result) -> str:
+        """The run in Markdown: what was overridden, what came of it, how to have it again."""
+        assert self.run_id is not None
+        registration = self._registration
+        sweep_id = registration.tags.get("sweep_id")
+        metrics = [f"{name} {result.metrics[name]:.3f}" for name in _TOLD if name in result.metrics]
+        outcome = ", ".join([result.status.lower(), *metrics, f"{result.seconds:.1f} s"])
+        lines = [
+            _code(registration.name) + (f" of sweep {_code(sweep_id)}" if sweep_id else ""),
+            f"{outcome}{'; **collapsed** to guessing' if result.collapsed else ''}",
+            *([f"why: {_code(result.reason[:500])}"] if result.reason else []),
+            f"again: {_code(f'python -m lenet_sweep reproduce {self.run_id[:8]}')}",
+        ]
+        return "\n\n".join(lines)
 
     def _send_all(self, client: "MlflowClient") -> None:
         """Send params and every metric of metrics.jsonl; what is there already stays as it is."""
@@ -447,7 +572,7 @@ class _MlflowRun:
         return max(end_ms, self._registration.start_ms)
 
     def is_remote(self) -> bool:
-        return _is_server(self.uri)
+        return is_server(self.uri)
 
 
 # Of an output folder, these go to MLflow; Hydra's own files and the log stay behind.
@@ -471,7 +596,7 @@ def _client(uri: str) -> "MlflowClient":
 
     for chatty in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    uri = _absolute(uri)
+    uri = absolute(uri)
     if uri.startswith(_SQLITE):
         _create_database(_database(uri))
     return MlflowClient(uri)
@@ -485,9 +610,7 @@ def _asking(config: MlflowConfig, chosen: str = "") -> Iterator["MlflowClient"]:
         ConfigError: if there is nothing in the store yet, or it does not understand the filter.
         TrackingError: if it cannot be asked.
     """
-    check(config)
-    if config.uri.startswith(_SQLITE) and not _database(config.uri).exists():
-        raise ConfigError(f"there are no runs yet in {config.uri}; another store is tracking.uri=...")
+    check_filled(config)
     try:
         yield _client(config.uri)
     except _store_errors() as error:
@@ -542,7 +665,7 @@ def _finished(client: "MlflowClient", config: MlflowConfig, hashes: frozenset[st
         same = f"attributes.status = 'FINISHED' and tags.config_hash = '{config_hash}'"
         return list(_search(client, config, same, at_most=1))
 
-    with ThreadPoolExecutor(_AT_ONCE if _is_server(config.uri) else 1) as pool:
+    with ThreadPoolExecutor(_AT_ONCE if is_server(config.uri) else 1) as pool:
         left = sorted(hashes - found.keys())
         for config_hash, runs in zip(left, pool.map(ask, left), strict=True):
             if runs:
@@ -633,6 +756,27 @@ def _store_errors() -> tuple[type[Exception], ...]:
     return MlflowException, SQLAlchemyError, OSError, json.JSONDecodeError
 
 
+def _any_errors() -> tuple[type[Exception], ...]:
+    """The same, and what we make of it."""
+    return (*_store_errors(), TrackingError)
+
+
+def _log(
+    client: "MlflowClient", run_id: str, tags: dict[str, str], metrics: dict[str, float] | None = None
+) -> None:
+    """Write tags and metrics of now in one call."""
+    from mlflow.entities import Metric, RunTag
+
+    now = int(time.time() * 1000)
+    points = [Metric(name, value, now, 0) for name, value in (metrics or {}).items()]
+    client.log_batch(run_id, metrics=points, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def _code(text: str) -> str:
+    """Text in Markdown that is nothing but text: code on one line, without what could end it."""
+    return f"`{' '.join(text.replace('`', ' ').split())}`"
+
+
 def _is_there(client: "MlflowClient", run_id: str) -> bool:
     """Whether the store has this run and it is not deleted."""
     from mlflow.exceptions import MlflowException
@@ -665,7 +809,8 @@ def _find(client: "MlflowClient", prefix: str) -> str:
     raise ConfigError(f"{len(found)} runs have ids that start with {prefix!r}: {', '.join(found[:5])}")
 
 
-def _experiment(client: "MlflowClient", name: str, uri: str) -> str:
+def _experiment(client: "MlflowClient", name: str, uri: str, about: str = _ABOUT) -> str:
+    """The experiment's id; a missing one is created, with `about` in Markdown on its page."""
     from mlflow.exceptions import MlflowException
 
     # Only create_experiment can set where artifacts go; a server decides that for itself.
@@ -673,7 +818,7 @@ def _experiment(client: "MlflowClient", name: str, uri: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return str(client.create_experiment(name, artifact_location=location))
+            return str(client.create_experiment(name, artifact_location=location, tags={_NOTE: about}))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -759,7 +904,8 @@ def _check_database(database: Path) -> None:
         raise TrackingError(f"{database}: cannot be written; set tracking.uri or tracking=none")
 
 
-def _is_server(uri: str) -> bool:
+def is_server(uri: str) -> bool:
+    """Whether the store is a server already, not a database."""
     return uri.startswith(("http://", "https://"))
 
 
@@ -767,7 +913,8 @@ def _database(uri: str) -> Path:
     return Path(uri.removeprefix(_SQLITE)).absolute()
 
 
-def _absolute(uri: str) -> str:
+def absolute(uri: str) -> str:
+    """The URI that means the same store in any folder."""
     return f"{_SQLITE}{_database(uri)}" if uri.startswith(_SQLITE) else uri
 
 

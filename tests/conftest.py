@@ -6,6 +6,7 @@
 
 import functools
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,11 +17,15 @@ import urllib.request
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
 from lenet_sweep.config import Config
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no failed test
 hypothesis.settings.load_profile("no deadline")
@@ -109,6 +114,26 @@ def command(
         return Done(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def browser_page() -> Iterator["tuple[list[str], Page]"]:
+    """A tab of a real browser, and the addresses that it asks for; an error in its page fails the test."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs chromium")
+    asked: list[str] = []
+    errors: list[str] = []
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1600, "height": 1200})
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        yield asked, page
+        browser.close()
+    assert not errors
 
 
 Server = tuple[Callable[[], "subprocess.Popen[bytes]"], str]

@@ -25,8 +25,8 @@ LAYERS = (
     {"sources", "identity", "devices", "model", "optim", "compiler", "records"},
     {"data", "tracking", "comparison", "pictures"},
     {"native"},
-    {"engine", "plan", "preflight", "selection"},
-    {"fused", "journal", "inside", "progress", "charts"},
+    {"engine", "plan", "preflight", "selection", "views"},
+    {"ui", "fused", "journal", "inside", "progress", "charts"},
     {"checkpoint", "workers", "plots"},
     {"run"},
     {"reproduce", "figures"},
@@ -42,7 +42,7 @@ RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 # Modules that --help, completion, or the check of a config import: they must load at once.
 LIGHT = ("__main__", "cli", "config", "errors", "paths", "shapes", "preflight", "identity", "tracking",
          "sources", "ledger", "plan", "workers", "compiler", "records", "comparison", "selection",
-         "plugin.sweeper", "plugin.launcher", "plugin._sweep", "plugin._launch")  # fmt: skip
+         "views", "ui", "plugin.sweeper", "plugin.launcher", "plugin._sweep", "plugin._launch")  # fmt: skip
 
 EDGE = {"cli", *(module for module in MODULES if module.startswith("plugin."))}
 ONLY = {

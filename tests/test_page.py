@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import time
 from dataclasses import replace
 
@@ -113,31 +112,43 @@ def test_figures_are_the_same_bytes_for_the_same_numbers(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_page_asks_for_nothing_and_logs_nothing_in_a_browser(tmp_path):
-    from playwright import sync_api as playwright
-
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("needs chromium")
+def test_page_asks_for_nothing_and_logs_nothing_in_a_browser(tmp_path, browser_page):
     evil = runs(**{"model.name": EVIL})
     evil[0].params["lr"] = EVIL
     written(evil, tmp_path / "r.html", [EVIL])
+    asked, tab = browser_page
     heard = []
-    with playwright.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        for scheme in ("light", "dark"):
-            tab = browser.new_page(color_scheme=scheme)
-            tab.on("console", lambda message: heard.append(message.text))
-            tab.on("pageerror", lambda error: heard.append(str(error)))
-            tab.on("dialog", lambda dialog: heard.append(dialog.message))
-            tab.on("request", lambda request: heard.append(request.url))
-            tab.goto((tmp_path / "r.html").as_uri())
-            for button in tab.query_selector_all("button:not(#print):not(.modebar-btn)"):
-                button.click()
-            assert not tab.query_selector_all("[data-title*=hare], [data-attr*=Cloud]")  # no upload
-            assert len(tab.query_selector_all(".main-svg")) >= 6
-        browser.close()
-    assert set(heard) == {(tmp_path / "r.html").as_uri()}
+    tab.on("console", lambda message: heard.append(message.text))
+    tab.on("dialog", lambda dialog: heard.append(dialog.message))
+    for scheme in ("light", "dark"):
+        tab.emulate_media(color_scheme=scheme)
+        tab.goto((tmp_path / "r.html").as_uri())
+        for button in tab.query_selector_all("button:not(#print):not(.modebar-btn)"):
+            button.click()
+        assert not tab.query_selector_all("[data-title*=hare], [data-attr*=Cloud]")  # no upload
+        assert len(tab.query_selector_all(".main-svg")) >= 6
+    assert heard == []
+    assert set(asked) == {(tmp_path / "r.html").as_uri()}
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_hovering_tells_a_number_and_the_legend_takes_a_group_away(tmp_path, browser_page):
+    written(runs(n_lr=3), tmp_path / "r.html")
+    _, tab = browser_page
+    tab.goto((tmp_path / "r.html").as_uri())
+    chart = tab.locator(".chart[aria-label^='test/acc.']").first
+    lines = chart.locator(".scatterlayer .trace path.js-line")
+    drawn = lines.count()
+    chart.locator(".scatterlayer .trace path.point").last.hover(force=True)
+    hover = chart.locator(".hoverlayer .hovertext")
+    hover.first.wait_for()
+    assert re.search(r"epoch \d: 0\.\d{4} ± 0\.0\d+", hover.first.text_content())
+
+    tab.locator("#legend input").first.uncheck()
+    assert lines.count() == drawn - 2  # its line and its band
+    tab.get_by_role("button", name="all", exact=True).click()
+    assert lines.count() == drawn
 
 
 def test_points_of_a_choice_stand_on_their_level_or_beside_each_other_around_it():

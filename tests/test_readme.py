@@ -46,6 +46,7 @@ ELSEWHERE = {
         "tests/test_predict.py",
         "test_pictures_from_elsewhere_are_compared",
     ),
+    "python -m lenet_sweep ui": ("tests/test_ui.py", "test_saved_view_shows_the_sweeps_runs_and_curves"),
     "python -m lenet_sweep sync": ("tests/test_faults.py", "test_server_that_dies_in_the_middle"),
     "python -m lenet_sweep tracking=server tracking.uri=http://127.0.0.1:5000": (
         "tests/test_run.py",

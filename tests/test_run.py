@@ -131,8 +131,7 @@ def test_last_words_are_the_tutorials_two_lines_and_where_the_run_is(make_config
     assert re.fullmatch(r"\d+\.\d examples/sec on cpu", said[loss + 1])
     assert said[loss + 2] == f"output folder {tmp_path / 'run'}"
     assert said[loss + 3] == f"MLflow run {result.run_id}"
-    assert said[loss + 4].startswith("python -m mlflow ui ")
-    assert f"/runs/{result.run_id}" in said[loss + 5]
+    assert said[loss + 4] == f"python -m lenet_sweep ui {result.run_id[:8]}"
 
 
 def test_layer_table_is_the_tutorials(make_config, tmp_path, capsys):

@@ -180,8 +180,9 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path):
         tracking.check(local(tmp_path))
 
 
-def test_ui_command_names_the_database_by_its_whole_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    command = tracking.ui_command("sqlite:///mlruns/mlflow.db")
-    assert command.endswith(f"--backend-store-uri 'sqlite:///{tmp_path}/mlruns/mlflow.db'")
-    assert tracking.ui_command("http://127.0.0.1:5000") is None
+def test_ui_command_says_again_where_the_store_is():
+    overrides = ("lr=0.1", "tracking.uri=sqlite:///my runs/mlflow.db", "tracking.experiment=x")
+    assert tracking.ui_command("abc", overrides) == (
+        "python -m lenet_sweep ui abc 'tracking.uri=sqlite:///my runs/mlflow.db' tracking.experiment=x"
+    )
+    assert tracking.ui_command("", ()) == "python -m lenet_sweep ui"

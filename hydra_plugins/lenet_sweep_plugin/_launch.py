@@ -16,7 +16,7 @@ from omegaconf import DictConfig, flag_override
 
 from lenet_sweep import config as configs
 from lenet_sweep import identity, ledger, plan, preflight, progress, workers
-from lenet_sweep.cli import read_plan
+from lenet_sweep.cli import planned_job, read_plan
 from lenet_sweep.config import Config
 from lenet_sweep.errors import LenetSweepError, RunFailed
 from lenet_sweep.ledger import Result
@@ -80,7 +80,7 @@ def _tasks(folder: Path, job_overrides: Sequence[Sequence[str]], first: int) -> 
     assert found is not None, "the sweeper leaves a plan"
     return [
         _Task(
-            Job(folder.name, number + 1, len(found["jobs"]), found["jobs"][number]["label"]),
+            planned_job(folder, found, number),
             folder / str(number),
             tuple(overrides),
             found["jobs"][number]["config"],

@@ -16,18 +16,21 @@ from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from lenet_sweep import comparison, ledger, plan, preflight, progress, records, report, tracking
+from lenet_sweep import charts, comparison, ledger, plan, preflight, progress, records, report, tracking
 from lenet_sweep import config as configs
 from lenet_sweep.cli import to_config
-from lenet_sweep.config import Config
+from lenet_sweep.comparison import Comparison
+from lenet_sweep.config import Config, MlflowConfig, NoTrackingConfig
 from lenet_sweep.errors import ConfigError, OutputError, RunFailed
 from lenet_sweep.ledger import Result
 from lenet_sweep.paths import write_atomic
 from lenet_sweep.plan import Planned
-from lenet_sweep.records import Record
+from lenet_sweep.records import PARAM_LENGTH, Record
 from lenet_sweep.selection import Selection
 
 Job = list[str]  # the overrides of one job
+
+_SHOWN = 20  # settings in the table at the end; `compare` and the report have them all
 
 
 def sweep(
@@ -122,11 +125,13 @@ class _Composer:
 def _claim(folder: Path, planned: list[Planned], jobs: list[Planned], config: DictConfig) -> None:
     """Make `folder` this sweep's own by creating its plan, which no other sweep may have."""
     varied = report.varied_keys([job.overrides for job in jobs])
+    colours = _colours([job.overrides for job in planned])
     values = {
         "command": shlex.join(["python", "-m", "lenet_sweep", *sys.argv[1:]]),
         "jobs": [
             {
                 "label": report.label(job.overrides, varied),
+                "colour": colours.get(job.overrides, ""),
                 "overrides": job.overrides,
                 "config": configs.to_dict(job.config),
             }
@@ -148,6 +153,17 @@ def _claim(folder: Path, planned: list[Planned], jobs: list[Planned], config: Di
         raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error
 
 
+def _colours(jobs: list[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """A colour for every job's curves, the same for the same learning rate, or else first swept choice."""
+    swept = [key for key in report.varied_keys(jobs) if key != "seed"]
+    if not swept:
+        return {}
+    leading = "lr" if "lr" in swept else swept[0]
+    values = {job: dict(override.partition("=")[::2] for override in job).get(leading, "") for job in jobs}
+    levels = sorted(set(values.values()), key=comparison.level)
+    return {job: charts.style(levels.index(value))[0] for job, value in values.items()}
+
+
 def _print_plan(planned: list[Planned]) -> None:
     varied = report.varied_keys([job.overrides for job in planned])
     for number, job in enumerate(planned, start=1):
@@ -167,20 +183,56 @@ def _returned(ended: JobReturn | None, job: Planned) -> Result | None:
     return value if isinstance(value, Result) else None
 
 
-def _write_page(planned: list[Planned], folder: Path) -> str:
-    """Write report.html from what the runs left in their folders; say where it is, or why there is none."""
-    from lenet_sweep import page
-
-    runs = records.of_sweep(folder)
+def _compare(planned: list[Planned], folder: Path) -> tuple[Comparison, Selection]:
+    """All runs of the sweep from what they left in their folders, and those that were finished before."""
+    runs = records.of_sweep(folder) if folder.exists() else []
     here = {run.config_hash for run in runs}
     runs += [_before(job) for job in planned if job.result and job.config_hash not in here]
     command = records.read_plan(folder).command
+    return comparison.compare(runs, "test/acc"), Selection(folder.name, tuple(runs), (command,))
+
+
+def _answer(planned: list[Planned], folder: Path) -> None:
+    """Show which setting is best, and write the report if anything was trained."""
+    screen = progress.console()
+    found, selection = _compare(planned, folder)
+    if len(found.groups) > 1:
+        screen.print(report.comparison_table(found, at_most=_SHOWN))
+    if folder.exists():
+        screen.print(f"output folder {folder.absolute()}", markup=False, soft_wrap=True)
+        line = _write_report(found, selection, folder / "report.html", planned[0].config.tracking)
+        screen.print(line, markup=False, soft_wrap=True)
+    screen.print(report.answer(found), markup=False, soft_wrap=True)
+
+
+def _write_report(
+    found: Comparison, selection: Selection, path: Path, store: MlflowConfig | NoTrackingConfig
+) -> str:
+    """Write the report into the sweep's folder and into its store; say where it is, or what went wrong."""
+    from lenet_sweep import page
+
     try:
-        found = comparison.compare(runs, "test/acc")
-        page.write(found, Selection(folder.name, tuple(runs), (command,)), folder / "report.html")
+        page.write(found, selection, path)
     except OSError as error:
         return f"report.html could not be written: {error.strerror}"
-    return f"report {folder / 'report.html'}\n{report.answer(found)}"
+    if isinstance(store, MlflowConfig):
+        problem = tracking.log_sweep(store, path.parent.name, *_in_store(found, selection), path)
+        if problem:
+            return f"report {path} (not tracked: {problem})"
+    return f"report {path}"
+
+
+def _in_store(found: Comparison, selection: Selection) -> tuple[dict[str, str], dict[str, float]]:
+    """Tags and metrics of the run that stands for a sweep."""
+    (command,) = selection.commands
+    tags = {
+        "command": command[:PARAM_LENGTH],
+        "answer": report.answer(found),
+        "mlflow.note.content": report.comparison_markdown(found)[:PARAM_LENGTH],
+    }
+    best = found.groups[0].final
+    numbers = {"runs": float(len(found.runs)), "groups": float(len(found.groups))}
+    return tags, numbers | ({"best/test/acc": best.mean} if best else {})
 
 
 def _before(job: Planned) -> Record:
@@ -219,12 +271,10 @@ def _report(
     screen.print(report.sweep_table(rows))
     for line in report.failures(rows):
         screen.print(line, markup=False, soft_wrap=True, style="red")
-    if launched:
-        screen.print(f"output folder {folder.absolute()}", markup=False, soft_wrap=True)
-        screen.print(_write_page(planned, folder), markup=False, soft_wrap=True)
-    tracked = planned[0].config.tracking
-    if tracked.name == "mlflow" and (command := tracking.ui_command(tracked.uri)):
-        screen.print(command, markup=False, soft_wrap=True)
+    _answer(planned, folder)
+    if isinstance(planned[0].config.tracking, MlflowConfig):
+        command = tracking.ui_command(folder.name if launched else "", planned[0].overrides)
+        screen.print(f"curves in the browser: {command}", markup=False, soft_wrap=True)
     failed = sum(row.failed for row in rows)
     if failed and not sys.exc_info()[0]:  # what broke the launcher goes before
         raise RunFailed(f"{failed} of {len(rows)} runs failed")

@@ -1,0 +1,183 @@
+"""MLflow's pages on this machine, opened where the answer is: a server that lives as long as the command.
+
+The server is MLflow's own, lean (one worker, no job consumers, no telemetry) and on loopback only. A
+store that has a server already, here or elsewhere, gets no second one.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import webbrowser
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import IO
+
+from lenet_sweep import selection, tracking, views
+from lenet_sweep.config import MlflowConfig
+from lenet_sweep.errors import ConfigError, TrackingError
+
+HOST = "127.0.0.1"
+PORT = 5000  # MLflow's own
+_OTHERS = 20  # ports after it that are tried when it is taken
+_PATIENCE_S = 90  # for the server to answer; it takes 5 to 10 s
+_ENVIRONMENT = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves nine processes and 2 GiB
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+Say = Callable[[str], None]
+
+
+def run(name: str | None, store: MlflowConfig, port: int | None, browser: bool, say: Say) -> None:
+    """Serve `store` until Ctrl-C, and show `name`: a sweep's or run's id or folder, or the start of an id.
+
+    Without a name it is the latest sweep, or, where there is none, all runs. The page's address is
+    told, and opened if `browser` is.
+
+    Raises:
+        ConfigError: if `name` is nobody's, or `port` is asked for and taken.
+        TrackingError: if the store cannot be asked, or the server does not start.
+    """
+    tracking.check_filled(store)
+    with _server(store, port, say) as server:
+        page = f"{server.address}/{find_page(name, store)}"  # found while the server starts
+        server.wait()
+        say(page)
+        if browser:
+            _open(page)
+        if server.process:
+            say("Ctrl-C ends the server")
+            with contextlib.suppress(KeyboardInterrupt):
+                server.process.wait()
+                raise TrackingError(f"the server ended by itself: {server.last_words()}")
+
+
+def find_page(name: str | None, store: MlflowConfig) -> str:
+    """Where the page for `name` is below a server's address; the view that it shows is saved in the store.
+
+    Raises:
+        ConfigError: if `name` is nobody's.
+        TrackingError: if the store cannot be asked.
+    """
+    place = selection.place(name, store)
+    if place.run_id:
+        return tracking.run_page(tracking.experiment_of(store, place.run_id), place.run_id)
+    key = views.key(place.title)
+    experiment_id = tracking.share_view(store, key, place.title, views.state(place.runs, place.condition))
+    # Nothing else may stand here: an order or a filter in the address puts the saved view aside.
+    query = f"workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={key}"
+    return f"#/experiments/{experiment_id}/runs?{query}"
+
+
+@dataclass
+class _Server:
+    """A server, and its process if this command started it."""
+
+    address: str
+    process: "subprocess.Popen[str] | None" = None
+    said: IO[str] | None = None
+
+    def wait(self) -> None:
+        """Return as soon as it answers."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while not tracking.answers(self.address):
+            if self.process and self.process.poll() is not None:
+                raise TrackingError(f"MLflow's server did not start: {self.last_words()}")
+            if time.monotonic() > deadline:
+                raise TrackingError(f"MLflow's server at {self.address} does not answer: {self.last_words()}")
+            time.sleep(0.1)
+
+    def last_words(self) -> str:
+        if not self.said:
+            return "it is none of this command's"
+        self.said.seek(0)
+        lines = [line.strip() for line in self.said if line.strip()]
+        return lines[-1] if lines else "it said nothing"
+
+
+@contextlib.contextmanager
+def _server(store: MlflowConfig, port: int | None, say: Say) -> Iterator[_Server]:
+    """A server of this store, which need not answer yet; one that is started here ends with the block."""
+    if tracking.is_server(store.uri):
+        yield _Server(store.uri.rstrip("/"))
+        return
+    wanted = port or PORT
+    if not _is_free(wanted):
+        address = f"http://{HOST}:{wanted}"
+        if tracking.serves(address, store):
+            say("a server of this store is running already")
+            yield _Server(address)
+            return
+        if port:
+            raise ConfigError(
+                f"--port {port}: is taken by something else; without --port a free one is found"
+            )
+        wanted = next((other for other in range(PORT + 1, PORT + _OTHERS) if _is_free(other)), 0)
+        if not wanted:
+            raise ConfigError(
+                f"ports {PORT} to {PORT + _OTHERS - 1} are all taken; name a free one with --port"
+            )
+        say(f"port {PORT} is taken by something else")
+    say(f"starting MLflow's server on port {wanted}, for this machine alone")
+    with _started(store, wanted) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _started(store: MlflowConfig, port: int) -> Iterator[_Server]:
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--workers",
+        "1",
+        "--host",
+        HOST,
+        "--port",
+        str(port),
+    ]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        process = subprocess.Popen(
+            [*command, "--backend-store-uri", tracking.absolute(store.uri)],
+            env=os.environ | _ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for this process, which then ends that one's whole family
+        )
+        try:
+            yield _Server(f"http://{HOST}:{port}", process, said)
+        finally:
+            _end(process)
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """End the process and all its children, those that do not want to as well."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+
+
+def _open(page: str) -> None:
+    """Open the page in a browser with windows; a text browser would take the terminal."""
+    if sys.platform != "linux" or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))):
+        webbrowser.open(page)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
