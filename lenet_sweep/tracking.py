@@ -60,10 +60,9 @@ _ABOUT = """Each run is one training of a LeNet variant, tagged with the `sweep_
 - `python -m lenet_sweep ui` opens the latest sweep's runs, with curves and what was swept
 - `python -m lenet_sweep compare` says which setting is best, and which cannot be told from it
 - `python -m lenet_sweep reproduce RUN` trains a run again, and compares every bit
+
+The best run of a sweep stands for it: `report.html` is among its artifacts.
 """
-_ABOUT_SWEEPS = (
-    "Each run stands for a whole sweep: its command, its answer, and `report.html` among its artifacts.\n"
-)
 # A dead server blocks each call for minutes at MLflow's own defaults; what is lost is sent again by us.
 _CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
@@ -405,22 +404,18 @@ def answers(address: str) -> bool:
     return True
 
 
-def log_sweep(
-    config: MlflowConfig, sweep_id: str, tags: dict[str, str], metrics: dict[str, float], report: Path
-) -> str | None:
-    """Keep a sweep's report in the store, in a run that stands for the sweep; return what went wrong.
-
-    These runs have an experiment of their own, so that lists of trained runs hold nothing else. When
-    the same sweep ends again its run is updated.
-    """
+def log_report(config: MlflowConfig, run_id: str, sweep_id: str, report: Path, answer: str) -> str | None:
+    """Keep a sweep's report with the run that stands for the sweep; return what went wrong, if anything."""
     try:
         client = _client(config.uri)
-        experiment_id = _experiment(client, f"{config.experiment} sweeps", config.uri, _ABOUT_SWEEPS)
-        known = client.search_runs([experiment_id], of_sweep(sweep_id), max_results=1)
-        run = known[0] if known else client.create_run(experiment_id, run_name=sweep_id)
-        _log(client, run.info.run_id, tags | {"sweep_id": sweep_id}, metrics)
-        client.log_artifact(run.info.run_id, str(report))
-        client.set_terminated(run.info.run_id)
+        client.log_artifact(run_id, str(report))
+        note = client.get_run(run_id).data.tags.get(_NOTE, "")
+        stands = f"This run stands for sweep {_code(sweep_id)}"
+        if stands not in note:
+            text = (
+                f"{note}\n\n{stands}: {report.name} among its artifacts compares all of its runs.\n\n{answer}"
+            )
+            client.set_tag(run_id, _NOTE, text.strip())
     except _any_errors() as error:
         return _first_line(error)
     return None
@@ -493,6 +488,8 @@ class _MlflowRun:
 
     def end(self, result: Result) -> str | None:
         """Send what the store has not got, and close the run; return what went wrong, if anything did."""
+        from mlflow.entities import RunTag
+
         if self.run_id is None:
             return "the run could not be created in the store"
         try:
@@ -504,7 +501,7 @@ class _MlflowRun:
                 tags["failure_reason"] = result.reason[:PARAM_LENGTH]
             if result.collapsed:
                 tags["collapsed"] = "true"
-            _log(client, self.run_id, tags)
+            client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
             for path in sorted(self._folder.rglob("*")):
                 relative = path.relative_to(self._folder)
                 if path.is_file() and relative.parts[0] in _ARTIFACTS:
@@ -761,17 +758,6 @@ def _any_errors() -> tuple[type[Exception], ...]:
     return (*_store_errors(), TrackingError)
 
 
-def _log(
-    client: "MlflowClient", run_id: str, tags: dict[str, str], metrics: dict[str, float] | None = None
-) -> None:
-    """Write tags and metrics of now in one call."""
-    from mlflow.entities import Metric, RunTag
-
-    now = int(time.time() * 1000)
-    points = [Metric(name, value, now, 0) for name, value in (metrics or {}).items()]
-    client.log_batch(run_id, metrics=points, tags=[RunTag(key, value) for key, value in tags.items()])
-
-
 def _code(text: str) -> str:
     """Text in Markdown that is nothing but text: code on one line, without what could end it."""
     return f"`{' '.join(text.replace('`', ' ').split())}`"
@@ -809,8 +795,8 @@ def _find(client: "MlflowClient", prefix: str) -> str:
     raise ConfigError(f"{len(found)} runs have ids that start with {prefix!r}: {', '.join(found[:5])}")
 
 
-def _experiment(client: "MlflowClient", name: str, uri: str, about: str = _ABOUT) -> str:
-    """The experiment's id; a missing one is created, with `about` in Markdown on its page."""
+def _experiment(client: "MlflowClient", name: str, uri: str) -> str:
+    """The experiment's id; a missing one is created."""
     from mlflow.exceptions import MlflowException
 
     # Only create_experiment can set where artifacts go; a server decides that for itself.
@@ -818,7 +804,7 @@ def _experiment(client: "MlflowClient", name: str, uri: str, about: str = _ABOUT
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return str(client.create_experiment(name, artifact_location=location, tags={_NOTE: about}))
+            return str(client.create_experiment(name, artifact_location=location, tags={_NOTE: _ABOUT}))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

@@ -25,7 +25,7 @@ from lenet_sweep.errors import ConfigError, OutputError, RunFailed
 from lenet_sweep.ledger import Result
 from lenet_sweep.paths import write_atomic
 from lenet_sweep.plan import Planned
-from lenet_sweep.records import PARAM_LENGTH, Record
+from lenet_sweep.records import Record
 from lenet_sweep.selection import Selection
 
 Job = list[str]  # the overrides of one job
@@ -208,31 +208,21 @@ def _answer(planned: list[Planned], folder: Path) -> None:
 def _write_report(
     found: Comparison, selection: Selection, path: Path, store: MlflowConfig | NoTrackingConfig
 ) -> str:
-    """Write the report into the sweep's folder and into its store; say where it is, or what went wrong."""
+    """Write the report into the sweep's folder, and to its best run; say where it is, or what went wrong."""
     from lenet_sweep import page
 
     try:
         page.write(found, selection, path)
     except OSError as error:
         return f"report.html could not be written: {error.strerror}"
-    if isinstance(store, MlflowConfig):
-        problem = tracking.log_sweep(store, path.parent.name, *_in_store(found, selection), path)
+    best = next((run for group in found.groups for run in group.counted), found.runs[0])
+    result = ledger.read_result(Path(best.name))
+    if isinstance(store, MlflowConfig) and result and result.run_id:
+        answer = report.answer(found)
+        problem = tracking.log_report(store, result.run_id, path.parent.name, path, answer)
         if problem:
             return f"report {path} (not tracked: {problem})"
     return f"report {path}"
-
-
-def _in_store(found: Comparison, selection: Selection) -> tuple[dict[str, str], dict[str, float]]:
-    """Tags and metrics of the run that stands for a sweep."""
-    (command,) = selection.commands
-    tags = {
-        "command": command[:PARAM_LENGTH],
-        "answer": report.answer(found),
-        "mlflow.note.content": report.comparison_markdown(found)[:PARAM_LENGTH],
-    }
-    best = found.groups[0].final
-    numbers = {"runs": float(len(found.runs)), "groups": float(len(found.groups))}
-    return tags, numbers | ({"best/test/acc": best.mean} if best else {})
 
 
 def _before(job: Planned) -> Record:
