@@ -14,8 +14,7 @@ from lenet_sweep.records import MORE_IS_BETTER, Record
 Spec = dict[str, Any]
 
 _TABLE = ("test/acc", "val/acc", "train/acc", "train/loss")
-_CURVES = ("test/acc", "val/acc", "train/acc", "train/loss", "test/loss")
-_LOG = ("train/loss", "test/loss")  # drawn on a logarithmic axis
+_CURVES = ("test/acc", "val/acc", "train/acc", "train/loss")
 _MOST = 100  # runs that a chart draws, the first of the table
 _AXES = 6  # choices beside each other in parallel coordinates
 
@@ -84,7 +83,7 @@ def _curve(metric: str) -> Spec:
         metricKey=metric,
         selectedMetricKeys=[metric],
         displayName=metric,
-        scaleType="log" if metric in _LOG else "linear",
+        scaleType="log" if metric.endswith("/loss") else "linear",
         xAxisKey="step",
         xAxisScaleType="linear",
         yAxisKey="metric",

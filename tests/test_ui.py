@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 import socket
@@ -16,12 +17,14 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
+from PIL import Image
 
 from lenet_sweep import tracking, ui, views
 from lenet_sweep.config import MlflowConfig
 from lenet_sweep.errors import ConfigError, TrackingError
 from lenet_sweep.records import Record
 
+CHECKOUT = Path(__file__).parents[1]
 LRS = ("0.05", "0.2")
 
 
@@ -271,6 +274,30 @@ def test_saved_view_shows_the_sweeps_runs_and_curves(original, sweep, browser_pa
         page.wait_for_function("[...document.images].some(i => i.naturalWidth > 300)")
         # MLflow's front end speaks to its server alone.
         assert {urlsplit(url).hostname for url in asked if url.startswith("http")} == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.server
+def test_pictures_of_the_documents_can_be_taken_anew(tmp_path, data_root):
+    command = [sys.executable, "-m", "tools.screenshots", "--folder", "work", "--to", "images"]
+    small = ("data=fashion_mnist_mini", "epochs=1", "threads=1")
+    done = subprocess.run(
+        [*command, *small],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    light, dark, view = (
+        Image.open(tmp_path / "images" / f"{name}.png").convert("L")
+        for name in ("report_light", "report_dark", "saved_view")
+    )
+    assert light.getpixel((5, 5)) > 240
+    assert dark.getpixel((5, 5)) < 50
+    assert len(view.getcolors(256)) > 100  # something is drawn
 
 
 def _free():
