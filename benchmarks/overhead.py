@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hydra_plugins.lenet_sweep_plugin import _launch
-from lenet_sweep import checkpoint, cli, identity, ledger, plots, progress, run, tracking
+from lenet_sweep import checkpoint, cli, identity, ledger, progress, run, tracking
 
 # Functions and methods by part, each with where it is looked up when it is called.
 PARTS: dict[str, tuple[tuple[ModuleType | type, str], ...]] = {
@@ -37,7 +37,7 @@ PARTS: dict[str, tuple[tuple[ModuleType | type, str], ...]] = {
     "tracking: epochs": ((tracking._MlflowRun, "log"),),
     "tracking: end": ((tracking._MlflowRun, "end"),),
     "checkpoint": ((checkpoint, "save"),),
-    "plots": ((plots, "curves"), (plots, "confusion_matrix")),
+    "weights and pictures": ((run, "_save"),),
     "words": ((progress, "say"),),
 }
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -89,3 +90,14 @@ def keep_freed_memory() -> None:
 
 _default_threads = torch.get_num_threads()
 _preferred_gpu = 0
+
+
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """Do small things on the CPU with one thread: two of them would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

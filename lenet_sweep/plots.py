@@ -29,7 +29,8 @@ def curves(history: Sequence[EpochMetrics], title: str, path: Path) -> None:
     x = [point.epoch for point in points]
     epochs = [metrics.epoch for metrics in history]
 
-    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(6, 4), dpi=120)  # a layout engine would take as long as all the rest
+    figure.subplots_adjust(left=0.1, right=0.97, bottom=0.12, top=0.92)
     axes = figure.add_subplot()
     axes.plot(x, [point.train_loss for point in points], color=BLUE, label="train loss")
     axes.plot(x, [point.train_acc for point in points], "--", color=ORANGE, label="train acc")
@@ -47,22 +48,31 @@ def curves(history: Sequence[EpochMetrics], title: str, path: Path) -> None:
 
 def confusion_matrix(counts: Sequence[Sequence[int]], class_names: Sequence[str], path: Path) -> None:
     """`counts[i][j]`: test examples of class i that were taken for class j; shaded by row share."""
-    figure = Figure(figsize=(8, 7), dpi=120)  # a layout engine would take as long as all the rest
-    figure.subplots_adjust(left=0.2, right=1.0, bottom=0.17, top=0.94)
-    axes = figure.add_subplot()
     shares = [[n / max(sum(row), 1) for n in row] for row in counts]
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for i, row in enumerate(counts):
-        for j, count in enumerate(row):
-            colour = "white" if shares[i][j] > 0.5 else "black"
-            axes.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=8)
-    ticks = range(len(class_names))
-    axes.set_xticks(ticks, class_names, rotation=45, ha="right")
-    accuracies = [row[k] / max(sum(row), 1) for k, row in enumerate(counts)]
-    axes.set_yticks(ticks, [f"{name}  {a:.2f}" for name, a in zip(class_names, accuracies, strict=True)])
-    axes.set(xlabel="predicted", ylabel="true, and the share that was recognised", title="Test examples")
-    figure.colorbar(image, label="share of the true class", shrink=0.8)
-    _save(figure, path)
+    names = [f"{name}  {row[k]:.2f}" for k, (name, row) in enumerate(zip(class_names, shares, strict=True))]
+    side, top, n = 52, 56, len(counts)
+    left = 12 + max(int(_FONT.getlength(name)) for name in names)
+    below = 16 + max(int(_FONT.getlength(name)) for name in class_names)
+    canvas = Image.new("RGB", (left + n * side + 16, top + n * side + below), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text(
+        (left, 8), "Test examples: true class and the share that was recognised (rows),", "black", _FONT
+    )
+    draw.text((left, 26), "class that they were taken for (columns)", "black", _FONT)
+    for i, row in enumerate(shares):
+        y = top + i * side
+        draw.text((6, y + side / 2), names[i], "black", _FONT, anchor="lm")
+        for j, share in enumerate(row):
+            x = left + j * side
+            shade = tuple(round(255 + share * (dark - 255)) for dark in _DARKEST)
+            draw.rectangle((x, y, x + side - 2, y + side - 2), shade)
+            ink = "white" if share > 0.5 else "black"
+            draw.text((x + side / 2, y + side / 2), str(counts[i][j]), ink, _FONT, anchor="mm")
+    for j, name in enumerate(class_names):
+        upright = Image.new("RGB", (below - 8, 20), "white")
+        ImageDraw.Draw(upright).text((below - 8, 10), name, "black", _FONT, anchor="rm")
+        canvas.paste(upright.rotate(90, expand=True), (left + j * side + side // 2 - 10, top + n * side + 4))
+    _save_picture(canvas, path)
 
 
 def filters(weights: Sequence[tuple[str, Tensor]], path: Path) -> None:
@@ -146,6 +156,7 @@ def _distributions(axes: Axes, values: Sequence[Tensor], low: float, high: float
 
 
 _LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"), ("black", "-"))
+_DARKEST = (0x08, 0x30, 0x6B)  # of a confusion matrix
 _MAPS = 16  # of a layer's channels that are shown
 _FONT = ImageFont.load_default(13)
 

@@ -533,7 +533,8 @@ def _save(config: Config, trained: Trained, folder: Path) -> None:
     plots.confusion_matrix(matrix, data.class_names, pictures / "confusion_matrix.png")
     accuracies = dict(zip(data.class_names, inside.per_class(matrix), strict=True))
     write_atomic(folder / "per_class.json", json.dumps(accuracies, indent=2) + "\n")
-    _picture_inside(trained, predicted_N, pictures)
+    with devices.single_threaded():
+        _picture_inside(trained, predicted_N, pictures)
 
 
 def _picture_inside(trained: Trained, predicted_N: torch.Tensor, folder: Path) -> None:

@@ -833,7 +833,7 @@ def _create_database(database: Path) -> None:
                 return
             from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-            with atomic_path(database) as temporary:
+            with atomic_path(database) as temporary, _without_syncing(temporary):
                 store = SqlAlchemyStore(f"{_SQLITE}{temporary}", (database.parent / "artifacts").as_uri())
                 store.engine.dispose()
                 connection = sqlite3.connect(temporary)
@@ -844,6 +844,29 @@ def _create_database(database: Path) -> None:
         raise TrackingError(f"{database}: another process has been creating it for two minutes") from error
     except OSError as error:
         raise TrackingError(f"{database}: cannot be created: {error.strerror}") from error
+
+
+@contextmanager
+def _without_syncing(database: Path) -> Iterator[None]:
+    """Let SQLite write this database without waiting for the disk: a fifth of the time.
+
+    MLflow makes its tables by seventy migrations, each on the disk before the next one begins. Nobody
+    misses a file that has no name yet, and `atomic_path` waits for the disk before it gives it one.
+    """
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def hurry(connection: sqlite3.Connection, record: object) -> None:
+        main, *_ = connection.execute("PRAGMA database_list").fetchall()
+        if main[2] and Path(main[2]).samefile(database):
+            connection.execute("PRAGMA synchronous=OFF")
+            connection.execute("PRAGMA journal_mode=MEMORY")
+
+    event.listen(Engine, "connect", hurry)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "connect", hurry)
 
 
 def _check_server(uri: str) -> None:
