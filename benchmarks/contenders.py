@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -99,32 +99,25 @@ class Tutorial:
 
     def epochs(self) -> Iterator[Sample]:
         net, lr = tutorial.network(self.network == "ReLU/max"), MODELS[self.network][1]
-        device = devices.resolve(self.setting.device)
-        root = tutorial.raw_folder(self.setting.data)
-        for *_, seconds in tutorial.epochs(net, root, lr, self.workers, device):
+        root, device = tutorial.raw_folder(self.setting.data), devices.resolve(self.setting.device)
+        for *_, seconds in self._loop()(net, root, lr, self.workers, device):
             yield Sample(seconds, self.setting.examples)
 
+    def _loop(self) -> Callable[..., Iterator[tuple[float, float, float, float]]]:
+        return tutorial.epochs
 
-@dataclass(frozen=True)
-class Lightning:
+
+class Lightning(Tutorial):
     """The same in PyTorch Lightning."""
-
-    setting: Setting
-    network: str
-    workers: int
 
     @property
     def name(self) -> str:
         return f"Lightning, {self.workers} DataLoader workers"
 
-    def epochs(self) -> Iterator[Sample]:
+    def _loop(self) -> Callable[..., Iterator[tuple[float, float, float, float]]]:
         from benchmarks import lightning_loop
 
-        net, lr = tutorial.network(self.network == "ReLU/max"), MODELS[self.network][1]
-        device = devices.resolve(self.setting.device)
-        root = tutorial.raw_folder(self.setting.data)
-        for *_, seconds in lightning_loop.epochs(net, root, lr, self.workers, device):
-            yield Sample(seconds, self.setting.examples)
+        return lightning_loop.epochs
 
 
 @dataclass(frozen=True)
@@ -137,7 +130,7 @@ class Step:
 
     @property
     def name(self) -> str:
-        return f"lenet_sweep, backend={self.backend}"
+        return f"one run, backend={self.backend}"
 
     def epochs(self) -> Iterator[Sample]:
         config = _our_config(self, f"backend={self.backend}")
@@ -164,7 +157,7 @@ class Array:
 
     @property
     def name(self) -> str:
-        return f"lenet_sweep, array of {self.width}"
+        return f"{self.width} runs as one array"
 
     def epochs(self) -> Iterator[Sample]:
         first = _our_config(self)

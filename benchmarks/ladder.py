@@ -139,14 +139,13 @@ def climb(ladder: Ladder, those: Sequence[Contender], rounds: int, device: torch
     for place, (number, contender, rung) in enumerate(turns):
         if number and contender is those[0]:
             ladder.roofs.append(matmul_rate(device))
-        started = time.perf_counter()
         sample = contender.take() if number else contender.warm_up()
         if sample is None:
             continue
         rung.look(sample)
         if number:
             rung.samples.append(sample)
-        took_s[rung.name, rung.network] = time.perf_counter() - started
+        took_s[rung.name, rung.network] = sample.seconds
         left = [took_s.get((r.name, r.network)) for _, _, r in turns[place + 1 :]]
         yield (
             f"round {number} of {rounds}, {rung.name}, {rung.network}: {sample.rate:,.0f} examples/s "
