@@ -9,67 +9,40 @@ of the machine meets both alike.
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks import tutorial
-from lenet_sweep import identity
-from lenet_sweep.paths import PACKAGE
+from benchmarks import measurement, tutorial
+from benchmarks.measurement import spread
 
 LEARNING_RATES = ("0.1", "0.5", "0.9")
 
 
 def sweep_s(epochs: int) -> float:
     """Wall seconds of the sweep, from the command to its last word."""
-    with tempfile.TemporaryDirectory() as folder:
-        return _wall_s(
-            ["lenet_sweep", f"lr={','.join(LEARNING_RATES)}", f"epochs={epochs}", "-m"],
-            Path(folder),
-            {"XDG_CACHE_HOME": f"{folder}/cache"},
-        )
+    command = ["lenet_sweep", f"lr={','.join(LEARNING_RATES)}", f"epochs={epochs}", "-m"]
+    return measurement.take(command, cold=True).wall_s
 
 
 def tutorial_s(epochs: int) -> float:
     """Wall seconds of the tutorial's loop for the same learning rates, one after the other."""
-    with tempfile.TemporaryDirectory() as folder:
+    with measurement.without_our_settings():
         return sum(
-            _wall_s(["benchmarks.tutorial", "--lr", lr, "--epochs", str(epochs)], Path(folder), {})
+            measurement.take(["benchmarks.tutorial", "--lr", lr, "--epochs", str(epochs)]).wall_s
             for lr in LEARNING_RATES
         )
-
-
-def _wall_s(command: list[str], folder: Path, environment: dict[str, str]) -> float:
-    data = Path(os.environ.get("LENET_SWEEP_DATA", "data")).absolute()
-    started = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=folder,
-        env=os.environ | {"LENET_SWEEP_DATA": str(data), "PYTHONPATH": str(PACKAGE.parent)} | environment,
-        stdout=subprocess.DEVNULL,
-        check=True,
-    )
-    return time.perf_counter() - started
 
 
 def table(sweeps: list[float], loops: list[float], epochs: int) -> Table:
     """A row for each, and how many times as long the tutorial's loop takes, by medians."""
     title = f"{len(LEARNING_RATES)} runs x {epochs} epochs, {os.cpu_count()} cores, {len(sweeps)} rounds"
-    shown = Table(title=title, title_justify="left")
-    for heading in ("who", "wall s", "x sweep"):
-        shown.add_column(heading, no_wrap=True, justify="left" if heading == "who" else "right")
+    shown = measurement.table(title, "who", "wall s", "x sweep")
     for name, seconds in (("lenet_sweep, cold", sweeps), ("tutorial's loop", loops)):
-        median = statistics.median(seconds)
-        spread = f"{median:.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
-        shown.add_row(name, spread, f"{median / statistics.median(sweeps):.2f}")
+        times = statistics.median(seconds) / statistics.median(sweeps)
+        shown.add_row(name, spread(seconds), f"{times:.2f}")
     return shown
 
 
@@ -87,11 +60,9 @@ def main() -> None:
     for _ in range(chosen.rounds):
         sweeps.append(sweep_s(chosen.epochs))
         loops.append(tutorial_s(chosen.epochs))
-    Console(width=150).print(table(sweeps, loops, chosen.epochs))
-    if chosen.json:
-        facts = identity.environment("cpu", os.cpu_count() or 1, "cold start")
-        values = {"machine": facts, "epochs": chosen.epochs, "sweep_s": sweeps, "tutorial_s": loops}
-        chosen.json.write_text(json.dumps(values, indent=1))
+    measurement.show(table(sweeps, loops, chosen.epochs))
+    facts = measurement.machine("cold start")
+    measurement.write(chosen.json, facts, epochs=chosen.epochs, sweep_s=sweeps, tutorial_s=loops)
 
 
 if __name__ == "__main__":

@@ -1,206 +1,258 @@
-"""How fast one epoch is, from the tutorial's loop to the compiled step, and how near to the processor's roof.
+"""How fast one epoch and one sweep are, from the tutorial's loop to ours, and how near to the roof.
 
-python -m benchmarks.ladder [--rounds 5] [--json FILE]
+python -m benchmarks.ladder [--rounds 3] [--only WORD...] [--json FILE] [--picture FILE]
+python -m benchmarks.ladder --rounds 1 --only tutorial backend --loader-workers 0      a first look
 
-Every round takes one epoch (training and test pass) of every contender, one after the other, so that
-noise of the machine meets all alike; the table has medians and ranges over the rounds. The roof is
-the fastest float32 matrix product of the same rounds. Start-up (imports, compiling, reading the
-data) is in no figure.
+The contenders take turns, an epoch with its test pass or a whole sweep each, so that noise of the
+machine meets all alike; the table has medians and ranges over the rounds. The roof is the fastest
+float32 matrix product of the same rounds. A loop's start-up (imports, compiling, reading the data)
+is in no figure: its first epoch does not count. A sweep is a real command in an empty folder, with
+all that it does from start to end; only its step is compiled and its dataset fetched before.
+
+Memory is what all of a contender's processes took together at the worst moment of its first epoch
+or of its sweeps, and the most that one of them took of its own. Ctrl-C ends with what there is.
 """
 
 import argparse
-import json
-import multiprocessing
 import statistics
 import time
-import warnings
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from benchmarks import tutorial
-from lenet_sweep import engine, identity, run, shapes
-from lenet_sweep.cli import to_config
-from lenet_sweep.config import CLASSES, IMAGE_SHAPE, Config
-from lenet_sweep.paths import conf_dir
+from benchmarks import measurement
+from benchmarks.contenders import (
+    MODELS,
+    TUTORIAL,
+    Array,
+    Contender,
+    Lightning,
+    Loop,
+    Recipe,
+    Sample,
+    Setting,
+    Step,
+    Sweep,
+    Tutorial,
+    compose_config,
+    missing,
+)
+from benchmarks.measurement import spread
+from lenet_sweep import devices, shapes, workers
+from lenet_sweep.config import CLASSES, IMAGE_SHAPE, TRAIN_EXAMPLES
 
-EXAMPLES = 60_000
-MODELS = {"sigmoid/avg": ("lenet", 0.9), "ReLU/max": ("lenet_relu_max", 0.1)}
 
+@dataclass
+class Rung:
+    """What a contender reached, a sample a round."""
 
-@dataclass(frozen=True)
-class Recipe:
-    """What takes epochs: the tutorial's loop with some DataLoader workers, or ours with a backend."""
-
-    model: str
-    threads: int
-    workers: int | None = None
-    backend: str | None = None
+    name: str
+    network: str
+    samples: list[Sample] = field(default_factory=list)
+    peak_mib: float = 0.0
+    largest_mib: float = 0.0
 
     @property
-    def name(self) -> str:
-        if self.backend is None:
-            return f"tutorial's loop, {self.workers} workers"
-        return f"lenet_sweep, {self.backend} step"
+    def rates(self) -> list[float]:
+        return [sample.rate for sample in self.samples]
 
-    def epochs(self) -> Iterator[tuple[float | None, float]]:
-        """Yield an epoch's examples/s of training (None: not told apart) and its seconds."""
-        torch.set_num_threads(self.threads)
-        model, lr = MODELS[self.model]
-        if self.backend is None:
-            net = tutorial.network(self.model == "ReLU/max")
-            for *_, seconds in tutorial.epochs(net, tutorial.raw_folder(), lr, self.workers or 0):
-                yield None, seconds
-        config = _config(f"model={model}", f"lr={lr}", f"backend={self.backend}", "device=cpu")
-        config = replace(config, threads=self.threads)
-        trained, _ = run.prepare(config)
-        for metrics in engine.train(
-            trained.step,
-            trained.optimizer,
-            trained.schedule,
-            trained.data,
-            epochs=1_000,
-            batch_size=config.batch_size,
-            seed=0,
-        ):
-            yield metrics.examples_per_s, metrics.epoch_s
+    @property
+    def train_rates(self) -> list[float]:
+        return [sample.train_rate for sample in self.samples if sample.train_rate is not None]
+
+    def look(self, sample: Sample) -> None:
+        """Note the memory of a sample, be it counted or not."""
+        if sample.peak:
+            self.peak_mib = max(self.peak_mib, sample.peak.all_mib)
+            self.largest_mib = max(self.largest_mib, sample.peak.largest_mib)
 
 
-class Contender:
-    """A recipe in a process of its own, so that no switch or allocator of one changes another's speed."""
+@dataclass
+class Ladder:
+    """All rungs, and the roof: FLOP/s of a matrix product, the best of each round begun."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.train_rates: list[float] = []
-        self.rates: list[float] = []  # training examples over the whole epoch's seconds
-        spawn = multiprocessing.get_context("spawn")
-        self._process = ProcessPoolExecutor(1, spawn, _start, (recipe,))
+    rungs: list[Rung] = field(default_factory=list)
+    roofs: list[float] = field(default_factory=list)
 
-    def take(self) -> None:
-        """Take one epoch and note how fast it was."""
-        train_rate, seconds = self._process.submit(_next_epoch).result()
-        self.rates.append(EXAMPLES / seconds)
-        if train_rate is not None:
-            self.train_rates.append(train_rate)
+    @property
+    def roof(self) -> float:
+        return max(self.roofs)
 
-    def forget(self) -> None:
-        """Drop what was noted."""
-        self.train_rates.clear()
-        self.rates.clear()
+    @property
+    def measured(self) -> list[Rung]:
+        return [rung for rung in self.rungs if rung.samples]
 
+    def times_tutorial(self, rung: Rung) -> float | None:
+        """How many times as fast as the tutorial's loop, with its best number of workers."""
+        loops = [r for r in self.measured if r.network == rung.network and r.name.startswith(TUTORIAL)]
+        if not loops:
+            return None
+        return statistics.median(rung.rates) / max(statistics.median(loop.rates) for loop in loops)
 
-_epochs: Iterator[tuple[float | None, float]]
-
-
-def _start(recipe: Recipe) -> None:
-    global _epochs
-    warnings.simplefilter("ignore")  # that four workers are more than there are cores is the point
-    _epochs = recipe.epochs()
+    def share_of_roof(self, rung: Rung) -> float:
+        """Of training where that is told apart, else of everything."""
+        rate = statistics.median(rung.train_rates or rung.rates)
+        return rate * flops(rung.network) / self.roof
 
 
-def _next_epoch() -> tuple[float | None, float]:
-    return next(_epochs)
+def flops(network: str) -> int:
+    """Operations of training on one example."""
+    model = compose_config(f"model={MODELS[network][0]}").model
+    return shapes.training_flops(model, IMAGE_SHAPE, CLASSES)
 
 
-def contenders(threads: int) -> list[Contender]:
-    """Everything that is compared."""
-    recipes = []
-    for model in MODELS:
-        recipes += [Recipe(model, threads, workers=workers) for workers in (0, 2, 4)]
-        recipes += [Recipe(model, threads, backend=backend) for backend in ("torch", "native")]
-    return [Contender(recipe) for recipe in recipes]
+def contenders(
+    setting: Setting, loader_workers: Sequence[int], widths: Sequence[int], sweep_epochs: int
+) -> list[Contender]:
+    """Everything that is compared; of optional packages, what is installed."""
+    recipes: list[Recipe] = []
+    has_lightning = not missing("lightning", "Lightning")
+    backends = ("torch", "native") if devices.resolve(setting.device).type == "cpu" else ("torch",)
+    for network in MODELS:
+        recipes += [Tutorial(setting, network, count) for count in loader_workers]
+        if has_lightning:
+            recipes += [Lightning(setting, network, count) for count in loader_workers]
+        recipes += [Step(setting, network, backend) for backend in backends]
+        recipes += [Array(setting, network, width) for width in widths]
+    return [*map(Loop, recipes), *(Sweep(setting, launcher, sweep_epochs) for launcher in launchers())]
 
 
-def matmul_rate(size: int = 2048) -> float:
+def launchers() -> list[tuple[str, ...]]:
+    """The overrides that choose each launcher; those with workers get one for each run or core."""
+    count = max(2, min(len(Sweep.rates), workers.cores()))
+    chosen = [("sweep.workers=1",), (f"sweep.workers={count}",), ("hydra/launcher=basic",)]
+    if not missing("hydra_plugins.hydra_joblib_launcher", "hydra/launcher=joblib"):
+        chosen.append(("hydra/launcher=joblib", f"hydra.launcher.n_jobs={count}"))
+    return chosen
+
+
+def climb(ladder: Ladder, those: Sequence[Contender], rounds: int, device: torch.device) -> Iterator[str]:
+    """Let all take their turns, `rounds` times after a first one that does not count; say each result."""
+    ladder.rungs += [Rung(contender.name, contender.network) for contender in those]
+    took_s: dict[str, float] = {}
+    turns = [
+        (number, *pair) for number in range(rounds + 1) for pair in zip(those, ladder.rungs, strict=True)
+    ]
+    for place, (number, contender, rung) in enumerate(turns):
+        if number and contender is those[0]:
+            ladder.roofs.append(matmul_rate(device))
+        sample = contender.take() if number else contender.warm_up()
+        if sample is None:
+            continue
+        rung.look(sample)
+        if number:
+            rung.samples.append(sample)
+        took_s[rung.name, rung.network] = sample.seconds
+        left = [took_s.get((r.name, r.network)) for _, _, r in turns[place + 1 :]]
+        yield (
+            f"round {number} of {rounds}, {rung.name}, {rung.network}: {sample.rate:,.0f} examples/s "
+            f"({sample.seconds:.1f} s); {_time_left(left)}"
+        )
+
+
+def _time_left(turns_s: Sequence[float | None]) -> str:
+    """How long the turns that are left will take, of some of which nothing is known."""
+    known = [seconds for seconds in turns_s if seconds is not None]
+    return f"{'about' if len(known) == len(turns_s) else 'more than'} {sum(known) / 60:.1f} min left"
+
+
+def matmul_rate(device: torch.device, size: int | None = None) -> float:
     """FLOP/s of a float32 matrix product, best of a few."""
-    a, b, c = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
+    size = size or (2048 if device.type == "cpu" else 8192)
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    c = torch.empty_like(a)
     best = 0.0
     for _ in range(8):
         started = time.perf_counter()
         torch.mm(a, b, out=c)
+        c[0, 0].item()  # host-device sync
         best = max(best, 2 * size**3 / (time.perf_counter() - started))
     return best
 
 
-def _config(*overrides: str) -> Config:
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return to_config(compose("config", [*overrides, "tracking=none"]))
-
-
-def measure(rounds: int, threads: int) -> tuple[list[Contender], list[float]]:
-    """Run all contenders in turn, `rounds` times; also the roof, FLOP/s, once a round."""
-    all_of_them, roofs = contenders(threads), []
-    for number in range(rounds + 1):
-        torch.set_num_threads(threads)
-        roofs.append(matmul_rate())
-        for contender in track(all_of_them, f"round {number} of {rounds}", console=Console(stderr=True)):
-            contender.take()
-            if number == 0:  # the first epoch pays for imports, caches and clocks
-                contender.forget()
-    return all_of_them, roofs[1:]
-
-
-def table(found: list[Contender], roof: float) -> Table:
-    """A row for each contender; the tutorial's own is the best of its numbers of workers."""
-    shown = Table(title=f"float32 matrix product: {roof / 1e9:.0f} GFLOP/s", title_justify="left")
-    for heading in (
-        "contender",
-        "network",
-        "examples/s, training",
-        "end to end",
-        "x tutorial",
-        "share of roof",
-    ):
-        shown.add_column(
-            heading, no_wrap=True, justify="left" if heading in ("contender", "network") else "right"
-        )
-    for contender in found:
-        recipe = contender.recipe
-        loops = [c for c in found if c.recipe.model == recipe.model and c.recipe.backend is None]
-        base = max(statistics.median(loop.rates) for loop in loops)
-        flops = shapes.training_flops(_config(f"model={MODELS[recipe.model][0]}").model, IMAGE_SHAPE, CLASSES)
-        trained = statistics.median(contender.train_rates or contender.rates)
+def table(ladder: Ladder) -> Table:
+    """A row for each contender that has taken a turn."""
+    title = f"float32 matrix product: {ladder.roof / 1e9:,.0f} GFLOP/s"
+    rates = ("examples/s, training", "all in", "x tutorial", "of roof")
+    shown = measurement.table(title, "contender", "network", *rates, "MiB, all", "largest", words=2)
+    for rung in ladder.measured:
+        times = ladder.times_tutorial(rung)
         shown.add_row(
-            recipe.name,
-            recipe.model,
-            _spread(contender.train_rates),
-            _spread(contender.rates),
-            f"{statistics.median(contender.rates) / base:.2f}",
-            f"{trained * flops / roof:.0%}",
+            rung.name,
+            rung.network,
+            spread(rung.train_rates, 0),
+            spread(rung.rates, 0),
+            "" if times is None else f"{times:.2f}",
+            f"{ladder.share_of_roof(rung):.1%}",
+            f"{rung.peak_mib:,.0f}",
+            f"{rung.largest_mib:,.0f}",
         )
     return shown
 
 
-def _spread(rates: list[float]) -> str:
-    if not rates:
-        return ""
-    return f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
-
-
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="epochs of each contender, after one that is not counted"
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="also write every sample there")
-    chosen = parser.parse_args()
-    found, roofs = measure(chosen.rounds, chosen.threads)
-    Console(width=150).print(table(found, statistics.median(roofs)))
-    if chosen.json:
-        samples = [asdict(c.recipe) | {"training": c.train_rates, "end_to_end": c.rates} for c in found]
-        facts = identity.environment("cpu", chosen.threads, "ladder")
-        chosen.json.write_text(json.dumps({"machine": facts, "roofs": roofs, "samples": samples}, indent=1))
+    add = parser.add_argument
+    words = "contenders whose name or network holds one of these words, say: tutorial native"
+    widths = "runs in one array; by default 1 8 32 128 on CUDA and none elsewhere"
+    loader_workers = "numbers of DataLoader workers to try; by default 0 and one for each core"
+    add("--rounds", type=int, default=3, help="after one that is not counted")
+    add("--only", nargs="+", default=[""], metavar="WORD", help=words)
+    add("--device", default="auto")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of a loop")
+    add("--data", choices=TRAIN_EXAMPLES, default="fashion_mnist")
+    add("--loader-workers", type=int, nargs="+", default=sorted({0, workers.cores()}), metavar="N",
+        help=loader_workers)  # fmt: skip
+    add("--fused", type=int, nargs="*", metavar="N", help=widths)
+    add("--sweep-epochs", type=int, default=5, help="of each of a sweep's four runs")
+    add("--json", type=Path, help="also write every sample there")
+    add("--picture", type=Path, help="also draw the table there: .png, .svg or .pdf")
+    return parser.parse_args()
+
+
+def main() -> int:
+    chosen = parse()
+    device = devices.resolve(chosen.device)
+    if chosen.fused is None:
+        chosen.fused = [1, 8, 32, 128] if device.type == "cuda" else []
+    setting = Setting(str(device), chosen.threads, chosen.data)
+    everyone = contenders(setting, chosen.loader_workers, chosen.fused, chosen.sweep_epochs)
+    those = [c for c in everyone if any(word in f"{c.name} {c.network}" for word in chosen.only)]
+    if not those:
+        names = "\n".join(dict.fromkeys(c.name for c in everyone))
+        raise SystemExit(f"--only {' '.join(chosen.only)}: no contender is called that; there are\n{names}")
+    ladder, code = Ladder(), 0
+    try:
+        measurement.warm_up(chosen.data, f"device={device}")
+        torch.set_num_threads(chosen.threads)
+        for line in climb(ladder, those, chosen.rounds, device):
+            measurement.say(line)
+    except KeyboardInterrupt:
+        measurement.say("interrupted")
+        code = 130
+    finally:
+        for contender in those:
+            contender.close()
+    report(ladder, measurement.machine("ladder", devices.describe(device), chosen.threads), chosen)
+    return code
+
+
+def report(ladder: Ladder, machine: dict[str, object], chosen: argparse.Namespace) -> None:
+    """Print the table, and write what was asked for."""
+    if not ladder.measured:
+        return
+    measurement.show(table(ladder))
+    measurement.write(chosen.json, machine, **asdict(ladder))
+    if chosen.picture:
+        from benchmarks import bars
+
+        bars.save(bars.draw(ladder, machine), chosen.picture)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

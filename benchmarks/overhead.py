@@ -12,7 +12,6 @@ import contextlib
 import functools
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -22,11 +21,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks import measurement
+from benchmarks.measurement import spread
 from hydra_plugins.lenet_sweep_plugin import _launch
-from lenet_sweep import checkpoint, cli, identity, ledger, progress, run, tracking
+from lenet_sweep import checkpoint, cli, ledger, progress, run, tracking
 
 # Functions and methods by part, each with where it is looked up when it is called.
 PARTS: dict[str, tuple[tuple[ModuleType | type, str], ...]] = {
@@ -104,15 +104,13 @@ def measure(jobs: int, folder: Path) -> list[Counter[str]]:
 
 def table(jobs: list[Counter[str]]) -> Table:
     """A row for each part: the first job, and the median and range of the others."""
-    shown = Table(title=f"ms of a job, {len(jobs)} jobs, {os.cpu_count()} cores", title_justify="left")
-    for heading in ("part", "first job", "every other"):
-        shown.add_column(heading, no_wrap=True, justify="left" if heading == "part" else "right")
+    title = f"ms of a job, {len(jobs)} jobs, {os.cpu_count()} cores"
+    shown = measurement.table(title, "part", "first job", "every other")
     beyond = [job.total() - job["training"] for job in jobs]
     rows = {part: [job[part] for job in jobs] for part in ("training", *PARTS, "else")}
     for name, seconds in (rows | {"all but training": beyond}).items():
         first, *others = (1000 * value for value in seconds)
-        spread = f"{statistics.median(others):.1f} ({min(others):.1f} to {max(others):.1f})"
-        shown.add_row(name, f"{first:.0f}", spread)
+        shown.add_row(name, f"{first:.0f}", spread(others))
     return shown
 
 
@@ -127,10 +125,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         jobs = measure(chosen.jobs, Path(folder))
         os.chdir("/")
-    Console(width=150).print(table(jobs))
-    if file:
-        facts = identity.environment("cpu", os.cpu_count() or 1, "overhead")
-        file.write_text(json.dumps({"machine": facts, "jobs_s": jobs}, indent=1))
+    measurement.show(table(jobs))
+    measurement.write(file, measurement.machine("overhead"), jobs_s=jobs)
 
 
 if __name__ == "__main__":

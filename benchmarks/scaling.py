@@ -9,22 +9,16 @@ that n of them share counts 1/n for each), and the most that a single worker tak
 """
 
 import argparse
-import json
 import os
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import psutil
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lenet_sweep import identity
+from benchmarks import measurement
+from benchmarks.measurement import Cost, spread
 
 # By what grows: runs, epochs, the same epochs as prefixes of each other, workers.
 SWEEPS = {
@@ -42,63 +36,28 @@ SWEEPS = {
 
 
 @dataclass
-class Cost:
-    """What a sweep took, a value for each round."""
+class Sweep:
+    """A sweep and what it took, a value for each round."""
 
     name: str
-    wall_s: list[float] = field(default_factory=list)
-    peak_mib: list[float] = field(default_factory=list)  # of all processes, shared pages once
-    process_mib: list[float] = field(default_factory=list)  # of the largest process, its own pages
+    costs: list[Cost] = field(default_factory=list)
 
     def take(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            started = time.perf_counter()
-            process = subprocess.Popen(
-                [sys.executable, "-m", "lenet_sweep", *SWEEPS[self.name], "-m"],
-                cwd=folder,
-                env=os.environ | {"LENET_SWEEP_DATA": str(_data())},
-                stdout=subprocess.DEVNULL,
-            )
-            peak, largest = _watch(process)
-            self.wall_s.append(time.perf_counter() - started)
-            if process.returncode:
-                raise SystemExit(f"{self.name}: ended with code {process.returncode}")
-        self.peak_mib.append(peak / 2**20)
-        self.process_mib.append(largest / 2**20)
+        self.costs.append(measurement.take(["lenet_sweep", *SWEEPS[self.name], "-m"]))
 
 
-def _watch(process: "subprocess.Popen[bytes]") -> tuple[int, int]:
-    """Wait for the process; return the most bytes of its whole family, and of any one of it by itself."""
-    peak = largest = 0
-    while process.poll() is None:
-        family = []
-        try:
-            parent = psutil.Process(process.pid)
-            family = [member.memory_full_info() for member in (parent, *parent.children(recursive=True))]
-        except psutil.NoSuchProcess:
-            continue  # one of them has just ended
-        peak = max(peak, sum(info.pss for info in family))
-        largest = max(largest, *(info.uss for info in family))
-        time.sleep(0.5)
-    return peak, largest
-
-
-def _data() -> Path:
-    return Path(os.environ.get("LENET_SWEEP_DATA", "data")).absolute()
-
-
-def table(costs: list[Cost]) -> Table:
+def table(sweeps: list[Sweep]) -> Table:
     """A row for each sweep: medians, and the ranges of the rounds."""
-    shown = Table(title=f"{os.cpu_count()} cores, {len(costs[0].wall_s)} rounds", title_justify="left")
-    for heading in ("sweep", "wall s", "peak MiB, all processes", "largest process alone"):
-        shown.add_column(heading, no_wrap=True, justify="left" if heading == "sweep" else "right")
-    for cost in costs:
-        shown.add_row(cost.name, *map(_spread, (cost.wall_s, cost.peak_mib, cost.process_mib)))
+    title = f"{os.cpu_count()} cores, {len(sweeps[0].costs)} rounds"
+    shown = measurement.table(title, "sweep", "wall s", "peak MiB, all processes", "largest process alone")
+    for sweep in sweeps:
+        shown.add_row(
+            sweep.name,
+            spread([cost.wall_s for cost in sweep.costs]),
+            spread([cost.peak.all_mib for cost in sweep.costs]),
+            spread([cost.peak.largest_mib for cost in sweep.costs]),
+        )
     return shown
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):,.1f} ({min(values):,.1f} to {max(values):,.1f})"
 
 
 def main() -> None:
@@ -110,16 +69,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write every sample there")
     chosen = parser.parse_args()
     names = [name for name in SWEEPS if not chosen.only or any(word in name for word in chosen.only)]
-    subprocess.run([sys.executable, "-m", "lenet_sweep", "data", "fashion_mnist"], check=True)
-    costs = [Cost(name) for name in names]
+    measurement.warm_up("fashion_mnist")
+    sweeps = [Sweep(name) for name in names]
     for number in range(chosen.rounds):
-        for cost in track(costs, f"round {number + 1} of {chosen.rounds}", console=Console(stderr=True)):
-            cost.take()
-    Console(width=150).print(table(costs))
-    if chosen.json:
-        facts = identity.environment("cpu", os.cpu_count() or 1, "scaling")
-        values = {"machine": facts, "samples": [asdict(cost) for cost in costs]}
-        chosen.json.write_text(json.dumps(values, indent=1))
+        for sweep in track(sweeps, f"round {number + 1} of {chosen.rounds}", console=Console(stderr=True)):
+            sweep.take()
+    measurement.show(table(sweeps))
+    measurement.write(chosen.json, measurement.machine("scaling"), samples=list(map(asdict, sweeps)))
 
 
 if __name__ == "__main__":

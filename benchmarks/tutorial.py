@@ -53,9 +53,10 @@ def network(relu_max: bool) -> nn.Sequential:
 
 
 def epochs(
-    net: nn.Module, root: Path, lr: float, workers: int
+    net: nn.Module, root: Path, lr: float, workers: int, device: torch.device
 ) -> Iterator[tuple[float, float, float, float]]:
     """Train without end; yield an epoch's train loss, train accuracy, test accuracy and seconds."""
+    net.to(device)
     train = DataLoader(Pictures(root, "train"), 256, shuffle=True, num_workers=workers)
     test = DataLoader(Pictures(root, "t10k"), 256, shuffle=False, num_workers=workers)
     optimizer, loss_function = torch.optim.SGD(net.parameters(), lr=lr), nn.CrossEntropyLoss()
@@ -64,6 +65,7 @@ def epochs(
         net.train()
         loss_sum = right = seen = 0.0
         for x, y in train:
+            x, y = x.to(device), y.to(device)
             optimizer.zero_grad()
             outputs = net(x)
             loss = loss_function(outputs, y)
@@ -73,14 +75,15 @@ def epochs(
                 loss_sum += float(loss * len(y))
                 right += float((outputs.argmax(axis=1) == y).sum())
                 seen += len(y)
-        yield loss_sum / seen, right / seen, _accuracy(net, test), time.perf_counter() - started
+        yield loss_sum / seen, right / seen, _accuracy(net, test, device), time.perf_counter() - started
 
 
 @torch.no_grad()
-def _accuracy(net: nn.Module, data: DataLoader[tuple[Tensor, int]]) -> float:
+def _accuracy(net: nn.Module, data: DataLoader[tuple[Tensor, int]], device: torch.device) -> float:
     net.eval()
     right = seen = 0.0
     for x, y in data:
+        x, y = x.to(device), y.to(device)
         right += float((net(x).argmax(axis=1) == y).sum())
         seen += len(y)
     return right / seen
@@ -92,11 +95,11 @@ def _read(path: Path, header: int) -> "np.ndarray[tuple[int], np.dtype[np.uint8]
     return np.frombuffer(content, np.uint8, offset=header)
 
 
-def raw_folder() -> Path:
-    """Where the raw files of Fashion-MNIST lie, fetched if need be."""
+def raw_folder(data: str = "fashion_mnist") -> Path:
+    """Where the raw files of a dataset lie, fetched if need be."""
     from lenet_sweep import sources
 
-    return sources.ensure("fashion_mnist", Path(os.environ.get("LENET_SWEEP_DATA", "data")))
+    return sources.ensure(data, Path(os.environ.get("LENET_SWEEP_DATA", "data")))
 
 
 def main() -> None:
@@ -108,7 +111,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="of the DataLoaders")
     chosen = parser.parse_args()
     started = time.perf_counter()
-    trained = epochs(network(False), raw_folder(), chosen.lr, chosen.workers)
+    trained = epochs(network(False), raw_folder(), chosen.lr, chosen.workers, torch.device("cpu"))
     for _ in range(chosen.epochs):
         loss, train_acc, test_acc, _ = next(trained)
     seconds = time.perf_counter() - started
