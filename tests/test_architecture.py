@@ -1,6 +1,7 @@
 """Which module may import what, read from the source: dependencies point one way, heavy ones come late."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -146,6 +147,13 @@ def test_loading_all_light_modules_loads_neither_torch_nor_mlflow():
     code = f"import {', '.join(names)}, sys; print({{'torch', 'mlflow', 'matplotlib'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_package_says_how_openmp_waits_before_torch_can_be_loaded():
+    code = "import lenet_sweep, os, sys; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    clean = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["1000", "False"]
 
 
 def test_face_of_the_plugin_loads_nothing_of_the_package():

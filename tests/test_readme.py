@@ -101,6 +101,6 @@ def test_every_other_command_works_on_a_few_pictures(cli, tmp_path):
 
 
 def test_documents_name_only_files_that_exist():
-    for document in ("README.md", "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\((?!http)([^)]+)\)", (CHECKOUT / document).read_text(encoding="utf-8")):
-            assert (CHECKOUT / target).exists(), target
+    for document in (CHECKOUT / "README.md", CHECKOUT / "CONTRIBUTING.md", *(CHECKOUT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!http)([^)]+)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document}: {target}"
