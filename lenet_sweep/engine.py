@@ -10,7 +10,7 @@ Shape suffixes: N examples, C channels, H height, W width, K classes.
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -159,17 +159,20 @@ def train(
         order_N = torch.randperm(len(data.train), generator=generator(seed, f"order/{epoch}")).to(device)
         totals = torch.zeros(2, dtype=total_dtype(device), device=device)
         seen, curve = 0, []
-        for number, indices_N in enumerate(order_N.split(batch_size), start=1):
-            totals += step.gradients(data.train, indices_N)
-            optimizer.step()
-            seen += len(indices_N)
-            if number in points:
-                loss, accuracy = (totals / seen).tolist()  # host-device sync: five an epoch
-                if not math.isfinite(loss):
-                    raise RunFailed(f"the loss became {loss} in epoch {epoch}, by step {number} of {steps}")
-                curve.append(CurvePoint(epoch - 1 + number / steps, loss, accuracy))
-                if on_point:
-                    on_point(curve[-1])
+        with _torchs_threads_for(step):
+            for number, indices_N in enumerate(order_N.split(batch_size), start=1):
+                totals += step.gradients(data.train, indices_N)
+                optimizer.step()
+                seen += len(indices_N)
+                if number in points:
+                    loss, accuracy = (totals / seen).tolist()  # host-device sync: five an epoch
+                    if not math.isfinite(loss):
+                        raise RunFailed(
+                            f"the loss became {loss} in epoch {epoch}, by step {number} of {steps}"
+                        )
+                    curve.append(CurvePoint(epoch - 1 + number / steps, loss, accuracy))
+                    if on_point:
+                        on_point(curve[-1])
         trained = time.perf_counter()
         schedule.step()
 
@@ -189,6 +192,23 @@ def train(
             epoch_s=time.perf_counter() - started,
             curve=tuple(curve),
         )
+
+
+@contextmanager
+def _torchs_threads_for(step: Step) -> Iterator[None]:
+    """One thread while the native step trains, which has its own: what it leaves to torch is small.
+
+    The optimizer's kernel would meet with the other threads at every tensor; where the cores are busy,
+    each time costs more than the update.
+    """
+    threads = torch.get_num_threads()
+    if step.name == "native":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if step.name == "native":
+            torch.set_num_threads(threads)
 
 
 def evaluate(step: Step, examples: Split) -> tuple[float, float]:
