@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lenet_sweep import devices
 from lenet_sweep.compiler import Unavailable
 from lenet_sweep.config import Config
 from lenet_sweep.data import Data, Split, scaled
@@ -159,17 +160,21 @@ def train(
         order_N = torch.randperm(len(data.train), generator=generator(seed, f"order/{epoch}")).to(device)
         totals = torch.zeros(2, dtype=total_dtype(device), device=device)
         seen, curve = 0, []
-        for number, indices_N in enumerate(order_N.split(batch_size), start=1):
-            totals += step.gradients(data.train, indices_N)
-            optimizer.step()
-            seen += len(indices_N)
-            if number in points:
-                loss, accuracy = (totals / seen).tolist()  # host-device sync: five an epoch
-                if not math.isfinite(loss):
-                    raise RunFailed(f"the loss became {loss} in epoch {epoch}, by step {number} of {steps}")
-                curve.append(CurvePoint(epoch - 1 + number / steps, loss, accuracy))
-                if on_point:
-                    on_point(curve[-1])
+        # The native step has threads of its own; torch's would meet at every tensor of a small update.
+        with devices.single_threaded() if step.name == "native" else nullcontext():
+            for number, indices_N in enumerate(order_N.split(batch_size), start=1):
+                totals += step.gradients(data.train, indices_N)
+                optimizer.step()
+                seen += len(indices_N)
+                if number in points:
+                    loss, accuracy = (totals / seen).tolist()  # host-device sync: five an epoch
+                    if not math.isfinite(loss):
+                        raise RunFailed(
+                            f"the loss became {loss} in epoch {epoch}, by step {number} of {steps}"
+                        )
+                    curve.append(CurvePoint(epoch - 1 + number / steps, loss, accuracy))
+                    if on_point:
+                        on_point(curve[-1])
         trained = time.perf_counter()
         schedule.step()
 

@@ -1,9 +1,11 @@
-"""LeNet's convolutions and pools: torch's own modules, in formulations that are faster on a CPU.
+"""LeNet's layers: torch's own modules, in formulations that are faster on a CPU.
 
 On other devices, and where a formulation does not apply, the library's kernels are called. Values and
-gradients are the library's but for rounding.
+gradients are the library's but for rounding. The library's convolutions compute 16 channels at once,
+used or not; where LeNet has fewer, neighbouring places of an image are taken for further channels.
 
-Shape suffixes: N examples, C channels in, O channels out, K side of a kernel, H height, W width.
+Shape suffixes: N examples, C channels in, O channels out, K side of a kernel, H height, W width,
+P the four places of a pool's window in reading order, Q side of the pool's result.
 """
 
 from typing import Any
@@ -13,16 +15,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+_BLOCK = 16  # channels that oneDNN computes at once, with AVX-512
+# Activations that never fall: the greatest is that of the greatest sum.
+_MONOTONE = (nn.Sigmoid, nn.Tanh, nn.ReLU, nn.LeakyReLU)
+
+
+class Network(nn.Sequential):
+    """Layers one after the other; a convolution, its activation and its pool in one go where that pays.
+
+    Layers that have hooks are called one by one, so that the hooks see what they are registered for.
+    """
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        layers, x = list(self), x_NCHW
+        while layers:
+            match layers:
+                case [Conv2d() as conv, act, AvgPool2d() | MaxPool2d() as pool, *rest] if _are_one(layers, x):
+                    x, layers = _pooled(conv, act, pool, x), rest
+                case [layer, *rest]:
+                    x, layers = layer(x), rest
+        return x
+
 
 class Conv2d(nn.Conv2d):
     """A convolution of stride 1 with a bias, in one group."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        # One channel lies the same in every layout; the bfloat16 of autocast is left to the library.
-        if x_NCHW.device.type != "cpu" or self.in_channels == 1 or torch.is_autocast_enabled("cpu"):
+        # One channel lies the same in every layout.
+        if self.in_channels == 1 or not _is_ours(x_NCHW):
             return super().forward(x_NCHW)
         y_NOHW: Tensor = _Convolution.apply(x_NCHW, self.weight, self.bias, self.padding)
         return y_NOHW
+
+    def makes_windows(self, x_NCHW: Tensor) -> bool:
+        """Whether `windows` can be had, and pays: with more channels in, `forward` is the faster."""
+        # Padding on both sides leaves even what is even.
+        are_even = all((side - self.kernel_size[0] + 1) % 2 == 0 for side in x_NCHW.shape[-2:])
+        return self.in_channels == 1 and are_even
+
+    def windows(self, x_NCHW: Tensor) -> Tensor:
+        """What `forward` gives, as NOPQQ: a convolution of the pool's stride with the places as channels."""
+        assert self.bias is not None
+        weight, bias = _shifted(self.weight, 2, 2), self.bias.repeat_interleave(4)
+        y_NMQQ: Tensor = F.conv2d(x_NCHW, weight, bias, stride=2, padding=self.padding)
+        return torch.unflatten(y_NMQQ, 1, (-1, 4))
 
 
 class AvgPool2d(nn.AvgPool2d):
@@ -31,9 +67,13 @@ class AvgPool2d(nn.AvgPool2d):
     def forward(self, x_NCHW: Tensor) -> Tensor:
         if not _can_be_halved(x_NCHW):
             return super().forward(x_NCHW)
-        left, right = _columns(torch.add(*_rows(x_NCHW)))
+        left, right = _Pairs.apply(torch.add(*_Pairs.apply(x_NCHW, -2)), -1)
         mean: Tensor = (left + right) * 0.25
         return mean
+
+    def of_windows(self, x_NOPQQ: Tensor) -> Tensor:
+        """The same from `Conv2d.windows`."""
+        return x_NOPQQ.sum(2) * 0.25
 
 
 class MaxPool2d(nn.MaxPool2d):
@@ -44,9 +84,40 @@ class MaxPool2d(nn.MaxPool2d):
             library: Tensor = super().forward(x_NCHW)
             return library
         # Columns before rows, so that the first of equals is the library's: in reading order.
-        of_columns: Tensor = _Maximum.apply(*_columns(x_NCHW))
-        of_windows: Tensor = _Maximum.apply(*_rows(of_columns))
+        of_columns: Tensor = _Maximum.apply(*_Pairs.apply(x_NCHW, -1))
+        of_windows: Tensor = _Maximum.apply(*_Pairs.apply(of_columns, -2))
         return of_windows
+
+    def of_windows(self, x_NOPQQ: Tensor) -> Tensor:
+        """The same from `Conv2d.windows`."""
+        of_columns: Tensor = _Maximum.apply(*_Pairs.apply(x_NOPQQ, -3))
+        of_windows: Tensor = _Maximum.apply(*_Pairs.apply(of_columns, -3))
+        return of_windows.squeeze(-3)
+
+
+def _are_one(layers: list[nn.Module], x_NCHW: Tensor) -> bool:
+    """Whether `_pooled` may take the first three layers."""
+    have_hooks = any(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        for layer in layers[:3]
+    )
+    return _is_ours(x_NCHW) and not have_hooks
+
+
+def _pooled(conv: Conv2d, activation: nn.Module, pool: AvgPool2d | MaxPool2d, x_NCHW: Tensor) -> Tensor:
+    """pool(activation(conv(x)))"""
+    in_windows = conv.makes_windows(x_NCHW)
+    sums, reduce = (conv.windows(x_NCHW), pool.of_windows) if in_windows else (conv(x_NCHW), pool)
+    if isinstance(pool, MaxPool2d) and isinstance(activation, _MONOTONE):
+        pooled: Tensor = activation(reduce(sums))  # of a quarter of the values
+    else:
+        pooled = reduce(activation(sums))
+    return pooled
+
+
+def _is_ours(x_NCHW: Tensor) -> bool:
+    """Whether the library's kernel is not the faster one: the bfloat16 of autocast is left to it."""
+    return x_NCHW.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
 def _can_be_halved(x_NCHW: Tensor) -> bool:
@@ -54,17 +125,43 @@ def _can_be_halved(x_NCHW: Tensor) -> bool:
     return x_NCHW.device.type == "cpu" and height % 2 == width % 2 == 0
 
 
-# The backward of unbind is one copy; that of a strided slice clears a whole image first.
-def _rows(x_NCHW: Tensor) -> tuple[Tensor, ...]:
-    """The even and the odd rows."""
-    pair: tuple[Tensor, ...] = x_NCHW.unflatten(-2, (-1, 2)).unbind(-2)
-    return pair
+def _shifted(w_OCKK: Tensor, rows: int, columns: int) -> Tensor:
+    """Kernels for `rows` x `columns` neighbouring places, in one of that many more rows and columns less one.
+
+    Channel (o * rows + r) * columns + c of the result is channel o of the kernel, r down and c to the right.
+    """
+    places = [(row, column) for row in range(rows) for column in range(columns)]
+    shifted = [F.pad(w_OCKK, (c, columns - 1 - c, r, rows - 1 - r)) for r, c in places]
+    return torch.stack(shifted, 1).flatten(0, 1)
 
 
-def _columns(x_NCHW: Tensor) -> tuple[Tensor, ...]:
-    """The even and the odd columns."""
-    pair: tuple[Tensor, ...] = x_NCHW.unflatten(-1, (-1, 2)).unbind(-1)
-    return pair
+class _Pairs(torch.autograd.Function):
+    """The even and the odd places along a dimension that is counted from the last.
+
+    The backward of a strided slice clears a whole image first, and that of unbind copies one by one.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        even, odd = x.unflatten(dim, (-1, 2)).unbind(dim)
+        return even, odd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+        _, ctx.dim = inputs
+
+    @staticmethod
+    def backward(ctx: Any, even: Tensor, odd: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():  # What is done in place has no derivative.
+            return torch.stack((even, odd), ctx.dim).flatten(ctx.dim - 1, ctx.dim), None
+        shape = list(even.shape)
+        shape[ctx.dim] *= 2
+        both = even.new_empty(shape)
+        for part, values in zip(both.unflatten(ctx.dim, (-1, 2)).unbind(ctx.dim), (even, odd), strict=True):
+            part.copy_(values)
+        return both, None
 
 
 class _Maximum(torch.autograd.Function):
@@ -89,7 +186,7 @@ class _Maximum(torch.autograd.Function):
 
 
 class _Convolution(torch.autograd.Function):
-    """F.conv2d, whose weight gradient oneDNN takes in half the time from channels that lie innermost."""
+    """F.conv2d, whose gradients oneDNN takes in little more than half the time in these formulations."""
 
     generate_vmap_rule = True
 
@@ -107,8 +204,18 @@ class _Convolution(torch.autograd.Function):
         x_NCHW, w_OCKK = ctx.saved_tensors
         innermost = x_NCHW.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         return (
-            F.conv_transpose2d(g_NOHW, w_OCKK, padding=ctx.padding),
+            _input_gradient(g_NOHW, w_OCKK, x_NCHW.shape[-1], ctx.padding),
             conv2d_weight(innermost, w_OCKK.shape, g_NOHW, padding=ctx.padding),
             g_NOHW.sum((0, 2, 3)),
             None,
         )
+
+
+def _input_gradient(g_NOHW: Tensor, w_OCKK: Tensor, width: int, padding: tuple[int, int]) -> Tensor:
+    """The gradient of a convolution's input: a convolution with the kernels turned, two columns at once."""
+    channels, kernel = w_OCKK.shape[1], w_OCKK.shape[-1]
+    if width % 2 or 2 * channels > _BLOCK or max(padding) >= kernel:
+        return F.conv_transpose2d(g_NOHW, w_OCKK, padding=padding)
+    pairs = _shifted(w_OCKK.flip(2, 3).transpose(0, 1), 1, 2)
+    pairs_NMHW = F.conv2d(g_NOHW, pairs, stride=(1, 2), padding=tuple(kernel - 1 - p for p in padding))
+    return torch.unflatten(pairs_NMHW, 1, (-1, 2)).movedim(2, -1).flatten(-2)

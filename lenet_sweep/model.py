@@ -1,4 +1,4 @@
-"""LeNet of any size, as a plain `nn.Sequential` of named layers.
+"""LeNet of any size, as an `nn.Sequential` of named layers.
 
 Shape suffixes: N examples, C channels, H height, W width, K classes.
 """
@@ -29,7 +29,7 @@ def build(config: ModelConfig, generator: torch.Generator) -> nn.Sequential:
     All weights are drawn from `generator`, layer by layer, weight before bias; the global
     generator is left alone.
     """
-    network = nn.Sequential(
+    network = layers.Network(
         OrderedDict(
             (layer.name, _module(layer, config)) for layer in shapes.layers(config, IMAGE_SHAPE, CLASSES)
         )

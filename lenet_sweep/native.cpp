@@ -654,7 +654,7 @@ template <int LAYER> static void dense_sums(const float* kept, int64_t tiles, fl
     const float* rows = kept + tiles * V * dense_floats_before<LAYER>;
     const float* g = rows + tiles * V * L::row;
     float *weight_g = gradients[2 * (CONV_LAYERS + LAYER)], *bias_g = gradients[2 * (CONV_LAYERS + LAYER) + 1];
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(dynamic, 4) nowait
     for (int task = 0; task < COLUMNS * BLOCKS; task++) {
         const int k = task / BLOCKS * W * V, o = task % BLOCKS * B;
         const bool narrow = k + W * V > L::row, low = o + B > L::O;
@@ -735,7 +735,7 @@ void evaluate(float* const* parameters, const uint8_t* images, const int64_t* la
 #pragma omp parallel num_threads(threads)
     {
         Tile& mine = work.tiles[this_thread()];
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 8)
         for (int64_t tile = 0; tile < batch.tiles(); tile++) {
             load_images(batch, tile * V, std::get<0>(mine.conv).in);
             convs_forward<0, false>(mine, p);

@@ -1,5 +1,6 @@
 """The layers' own formulations against the library's operations: values, gradients, ties, NaN, vmap."""
 
+import copy
 import functools
 
 import pytest
@@ -85,10 +86,11 @@ def test_what_is_no_number_comes_through_a_pool(ours, library, bad):
         torch.testing.assert_close(ours(2)(x), library(x, 2), equal_nan=True, rtol=0, atol=0)
 
 
-def test_gradients_of_many_networks_at_once_are_those_of_each_alone(draw):
-    network = nn.Sequential(layers.Conv2d(2, 3, 3, padding=1), layers.MaxPool2d(2), layers.AvgPool2d(2))
-    x_RNCHW = draw(5, 2, 2, 8, 8).detach()
-    weights = {"0.weight": draw(5, 3, 2, 3, 3).detach(), "0.bias": draw(5, 3).detach()}
+@pytest.mark.parametrize("pool", [layers.AvgPool2d, layers.MaxPool2d])
+def test_gradients_of_many_networks_at_once_are_those_of_each_alone(draw, make_blocks, pool):
+    network = make_blocks(1, 3, 5, 2, nn.Sigmoid, pool)
+    x_RNCHW = draw(5, 2, 1, 12, 12).detach()
+    weights = {name: draw(5, *weight.shape).detach() for name, weight in network.named_parameters()}
 
     def loss(weights, x_NCHW):
         return functional_call(network, weights, (x_NCHW,)).square().sum()
@@ -99,6 +101,116 @@ def test_gradients_of_many_networks_at_once_are_those_of_each_alone(draw):
         expected = torch.autograd.grad(loss(alone, x_RNCHW[run]), list(alone.values()))
         for name, gradient in zip(alone, expected, strict=True):
             torch.testing.assert_close(together[name][run], gradient)
+
+
+ACTIVATIONS = [nn.Sigmoid, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU]
+BLOCKS = [  # channels in, channels out, kernel, padding
+    (1, 3, 5, 2),
+    (1, 2, 2, 0),
+    (1, 4, 3, 4),
+    (3, 5, 5, 0),
+    (9, 2, 3, 1),
+]
+
+
+@pytest.fixture
+def make_blocks():
+    """A convolution, its activation and its pool, and another after them."""
+
+    def make(inputs, outputs, kernel, padding, activation, pool):
+        torch.manual_seed(0)
+        return layers.Network(
+            layers.Conv2d(inputs, outputs, kernel, padding=padding), activation(), pool(2),
+            layers.Conv2d(outputs, 2, 2), activation(), pool(2),
+            nn.Flatten(),
+        ).double()  # fmt: skip
+
+    return make
+
+
+def library_layers(network):
+    """The same layers with the same weights, of torch's own classes."""
+    library = {layers.Conv2d: nn.Conv2d, layers.AvgPool2d: nn.AvgPool2d, layers.MaxPool2d: nn.MaxPool2d}
+    twin = copy.deepcopy(network)
+    for layer in twin:
+        layer.__class__ = library.get(type(layer), type(layer))
+    return nn.Sequential(*twin)
+
+
+@pytest.mark.parametrize("sides", [(12, 12), (11, 12), (13, 13)], ids=str)
+@pytest.mark.parametrize("pool", [layers.AvgPool2d, layers.MaxPool2d])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_layers_taken_together_give_the_librarys_values_and_gradients(
+    draw, make_blocks, block, activation, pool, sides
+):
+    network = make_blocks(*block, activation, pool)
+    library = library_layers(network)
+    x = draw(3, block[0], *sides)
+    for found, expected in zip(
+        outcome(lambda x, *_: network(x), x, *network.parameters()),
+        outcome(lambda x, *_: library(x), x, *library.parameters()),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_layers_by_themselves_end_in_what_the_network_gives(draw, make_blocks):
+    network, x = make_blocks(1, 3, 5, 2, nn.ReLU, layers.MaxPool2d), draw(3, 1, 12, 12)
+    assert isinstance(network[:6], layers.Network)  # whose parts are networks again
+    y = x
+    for layer in network:
+        y = layer(y)
+    torch.testing.assert_close(network(x), y)
+
+
+def test_hooks_of_layers_are_called(draw, make_blocks):
+    network, x = make_blocks(1, 3, 5, 2, nn.ReLU, layers.MaxPool2d), draw(3, 1, 12, 12)
+    expected, seen = network(x), []
+    for place in (1, 3, 5):
+        network[place].register_forward_hook(lambda layer, inputs, output: seen.append(output.shape))
+    torch.testing.assert_close(network(x), expected)
+    assert seen == [(3, 3, 12, 12), (3, 2, 5, 5), (3, 2, 2, 2)]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_of_equals_in_a_window_the_librarys_learns_in_layers_taken_together(make_blocks, activation, value):
+    network = make_blocks(1, 3, 5, 2, activation, layers.MaxPool2d)
+    library = library_layers(network)
+    x = torch.full((2, 1, 12, 12), value, dtype=torch.float64, requires_grad=True)
+    x.data[1, 0, 3:5, 6:8] = 1  # in a blank image, whose windows hold equals
+    for found, expected in zip(
+        outcome(lambda x, *_: network(x), x, *network.parameters()),
+        outcome(lambda x, *_: library(x), x, *library.parameters()),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("pool", [layers.AvgPool2d, layers.MaxPool2d])
+def test_what_is_no_number_comes_through_layers_taken_together(make_blocks, pool):
+    network = make_blocks(1, 3, 5, 2, nn.ReLU, pool)
+    for bad in (float("nan"), float("inf")):
+        x = torch.zeros(2, 1, 12, 12, dtype=torch.float64)
+        x[1, 0, 5, 5] = bad
+        torch.testing.assert_close(network(x), library_layers(network)(x), equal_nan=True)
+        assert network(x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("pool", [layers.AvgPool2d, layers.MaxPool2d])
+def test_first_and_second_derivatives_of_layers_taken_together_are_those_of_finite_differences(
+    draw, make_blocks, pool
+):
+    network, x = make_blocks(1, 2, 3, 1, nn.Sigmoid, pool), draw(1, 1, 6, 6)
+    tensors = [x, *(p.detach().requires_grad_() for p in network.parameters())]
+    names = [name for name, _ in network.named_parameters()]
+
+    def function(x, *weights):
+        return functional_call(network, dict(zip(names, weights, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors)
 
 
 LAYERS = [

@@ -116,6 +116,31 @@ def test_number_of_threads_changes_no_bit_of_the_trained_weights(make_config, mi
     assert all(weights == trained[0] for weights in trained)
 
 
+def test_torch_has_one_thread_while_the_native_step_trains_and_all_of_them_again_afterwards(
+    make_config, mini, set_threads
+):
+    set_threads(2)
+    config = make_config("data=fashion_mnist_mini")
+    seen = {}
+    for make in (engine.Autograd, lambda network: Native(network, config.model, 2)):
+        step = make(model.build(config.model, generator(0, "init")))
+        optimizer = optim.optimizer(config.optimizer, step.network.parameters())
+        schedule = optim.schedule(config.schedule, optimizer, 1)
+        threads = seen[step.name] = []
+        for _ in engine.train(
+            step,
+            optimizer,
+            schedule,
+            mini,
+            epochs=1,
+            batch_size=400,
+            seed=0,
+            on_point=lambda _, threads=threads: threads.append(torch.get_num_threads()),
+        ):
+            assert torch.get_num_threads() == 2
+    assert seen == {"torch": [2] * 5, "native": [1] * 5}
+
+
 def test_training_follows_autograd(make_config, mini):
     config = make_config("data=fashion_mnist_mini", "epochs=2", "lr=0.5", "optimizer=momentum")
     curves = []
