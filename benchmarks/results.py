@@ -7,6 +7,7 @@ again. Tables and sentences are those of `python -m lenet_sweep compare`, pictur
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import subprocess
@@ -14,12 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lenet_sweep import identity
+from lenet_sweep import identity, plots, predict, tracking
+from lenet_sweep.config import MlflowConfig
 from lenet_sweep.paths import conf_dir
 
 DOCS = Path(__file__).parents[1] / "docs"
-# Trained for `predict --elsewhere`, which draws what they are for.
-NOT_COMPARED = ("activations_ood",)
+ELSEWHERE = "activations_ood"  # its runs are looked into, not compared
 
 HEAD = """# Results
 
@@ -34,11 +35,7 @@ Trained on: {machine}.
 
 def experiments() -> list[str]:
     """The published comparisons, by name."""
-    return [
-        path.stem
-        for path in sorted((conf_dir() / "experiment").glob("*.yaml"))
-        if path.stem not in NOT_COMPARED
-    ]
+    return sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 
 
 def question(name: str) -> tuple[str, str]:
@@ -50,11 +47,20 @@ def question(name: str) -> tuple[str, str]:
 def train(name: str, folder: Path) -> None:
     """Run the comparison's sweep, or what is missing of it."""
     _command(folder, f"+experiment={name}", f"tracking.experiment={name}", "-m")
+    (folder / f"{name}.done").touch()
 
 
 def section(name: str, folder: Path) -> str:
     """The comparison in Markdown; its pictures go to docs/images/."""
+    (DOCS / "images").mkdir(parents=True, exist_ok=True)
     command, asked = question(name)
+    parts = [f"## {asked}", f"```bash\n{command}\n```"]
+    parts += _elsewhere(folder) if name == ELSEWHERE else _compared(name, folder)
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _compared(name: str, folder: Path) -> list[str]:
+    """What `compare` says of the experiment, and its figures."""
     with tempfile.TemporaryDirectory() as temporary:
         table, figures = Path(temporary) / "table.md", Path(temporary) / "figures"
         everything = ["--filter", "attributes.status != 'RUNNING'", f"tracking.experiment={name}"]
@@ -63,11 +69,30 @@ def section(name: str, folder: Path) -> str:
         for picture in ("choices", "heatmap", "curves"):
             if (figures / f"{picture}.png").exists():
                 target = DOCS / "images" / f"{name}_{picture}.png"
-                target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(figures / f"{picture}.png", target)
                 pictures.append(f"![{name}: {picture}](images/{target.name})")
-        parts = [f"## {asked}", f"```bash\n{command}\n```", table.read_text(encoding="utf-8"), *pictures]
-    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+        return [table.read_text(encoding="utf-8"), *pictures]
+
+
+def _elsewhere(folder: Path) -> list[str]:
+    """For each network how sure its first seed is of pictures of each kind, and their activations."""
+    parts = []
+    with contextlib.chdir(folder):
+        store = MlflowConfig(name="mlflow", uri="sqlite:///mlruns/mlflow.db", experiment=ELSEWHERE)
+        runs = tracking.records(store, "params.seed = '0' and attributes.status = 'FINISHED'", ("test/acc",))
+        for run in runs:
+            trained = predict.load(run.name, store)
+            found = predict.reactions(trained, Path(trained.config.data.root))
+            network = trained.config.model.name
+            target = DOCS / "images" / f"{ELSEWHERE}_{network}.png"
+            plots.reactions(found, f"{network} trained on {trained.config.data.name}", target)
+            sure = [f"{float(kind.surest.mean()):.2f} of {kind.kind}" for kind in found]
+            right = f"recognises {run.last('test/acc'):.2f} of the test pictures"
+            parts += [
+                f"**{network}** {right}. How sure it is, on average: {', '.join(sure)}.",
+                f"![{network}: activations](images/{target.name})",
+            ]
+    return parts
 
 
 def _command(folder: Path, *arguments: str) -> None:
@@ -91,7 +116,8 @@ def main() -> None:
         train(name, chosen.folder)
     facts = identity.environment("cpu", os.cpu_count() or 1, "auto")
     machine = f"{facts['cpu']}, {facts['cpu_count']} cores, torch {facts['packages']['torch']}"
-    sections = [section(name, chosen.folder) for name in experiments() if (chosen.folder / "mlruns").exists()]
+    done = [name for name in experiments() if (chosen.folder / f"{name}.done").exists()]
+    sections = [section(name, chosen.folder) for name in done]
     (DOCS / "results.md").write_text("\n".join([HEAD.format(machine=machine), *sections]), encoding="utf-8")
 
 
