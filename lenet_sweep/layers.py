@@ -67,8 +67,7 @@ class AvgPool2d(nn.AvgPool2d):
     def forward(self, x_NCHW: Tensor) -> Tensor:
         if not _can_be_halved(x_NCHW):
             return super().forward(x_NCHW)
-        left, right = _Pairs.apply(torch.add(*_Pairs.apply(x_NCHW, -2)), -1)
-        mean: Tensor = (left + right) * 0.25
+        mean: Tensor = _Sum.apply(_Sum.apply(x_NCHW, -2), -1) * 0.25
         return mean
 
     def of_windows(self, x_NOPQQ: Tensor) -> Tensor:
@@ -84,14 +83,12 @@ class MaxPool2d(nn.MaxPool2d):
             library: Tensor = super().forward(x_NCHW)
             return library
         # Columns before rows, so that the first of equals is the library's: in reading order.
-        of_columns: Tensor = _Maximum.apply(*_Pairs.apply(x_NCHW, -1))
-        of_windows: Tensor = _Maximum.apply(*_Pairs.apply(of_columns, -2))
+        of_windows: Tensor = _Maximum.apply(_Maximum.apply(x_NCHW, -1), -2)
         return of_windows
 
     def of_windows(self, x_NOPQQ: Tensor) -> Tensor:
         """The same from `Conv2d.windows`."""
-        of_columns: Tensor = _Maximum.apply(*_Pairs.apply(x_NOPQQ, -3))
-        of_windows: Tensor = _Maximum.apply(*_Pairs.apply(of_columns, -3))
+        of_windows: Tensor = _Maximum.apply(_Maximum.apply(x_NOPQQ, -3), -3)
         return of_windows.squeeze(-3)
 
 
@@ -135,54 +132,71 @@ def _shifted(w_OCKK: Tensor, rows: int, columns: int) -> Tensor:
     return torch.stack(shifted, 1).flatten(0, 1)
 
 
-class _Pairs(torch.autograd.Function):
-    """The even and the odd places along a dimension that is counted from the last.
+def _pairs(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The even and the odd places along a dimension that is counted from the last, as views."""
+    even, odd = x.unflatten(dim, (-1, 2)).unbind(dim)
+    return even, odd
 
-    The backward of a strided slice clears a whole image first, and that of unbind copies one by one.
-    """
+
+def _joined(even: Tensor, odd: Tensor, dim: int) -> Tensor:
+    """The opposite of `_pairs`: torch.stack, which copies one by one, where derivatives are asked for."""
+    if torch.is_grad_enabled():
+        return torch.stack((even, odd), dim).flatten(dim - 1, dim)
+    shape = list(even.shape)
+    shape[dim] *= 2
+    both = even.new_empty(shape)
+    for part, values in zip(_pairs(both, dim), (even, odd), strict=True):
+        part.copy_(values)
+    return both
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of each pair along a dimension; the backward of a strided slice clears a whole image first."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        even, odd = x.unflatten(dim, (-1, 2)).unbind(dim)
-        return even, odd
+    def forward(x: Tensor, dim: int) -> Tensor:
+        return torch.add(*_pairs(x, dim))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
         _, ctx.dim = inputs
 
     @staticmethod
-    def backward(ctx: Any, even: Tensor, odd: Tensor) -> tuple[Tensor, None]:
-        if torch.is_grad_enabled():  # What is done in place has no derivative.
-            return torch.stack((even, odd), ctx.dim).flatten(ctx.dim - 1, ctx.dim), None
-        shape = list(even.shape)
-        shape[ctx.dim] *= 2
-        both = even.new_empty(shape)
-        for part, values in zip(both.unflatten(ctx.dim, (-1, 2)).unbind(ctx.dim), (even, odd), strict=True):
-            part.copy_(values)
-        return both, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _joined(gradient, gradient, ctx.dim), None
 
 
 class _Maximum(torch.autograd.Function):
-    """torch.maximum, but of equals the first learns, as in a pool; there, both would by half."""
+    """The greater of each pair along a dimension, or NaN; of equals the first learns, as in a pool."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(first: Tensor, second: Tensor) -> Tensor:
-        return torch.maximum(first, second)
+    def forward(x: Tensor, dim: int) -> Tensor:
+        return torch.maximum(*_pairs(x, dim))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        x, ctx.dim = inputs
+        ctx.save_for_backward(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        first, second = _pairs(x, ctx.dim)
         # ReLU's backward is vectorised; a mask of bools costs five times as much.
-        to_second = torch.ops.aten.threshold_backward(gradient, second - first, 0)
-        return gradient - to_second, to_second
+        if torch.is_grad_enabled() or ctx.dim == -1:
+            to_second = torch.ops.aten.threshold_backward(gradient, second - first, 0)
+            return _joined(gradient - to_second, to_second, ctx.dim), None
+        # The same in place costs half, but for every other number of a row.
+        both = torch.empty_like(x)
+        to_first, to_second = _pairs(both, ctx.dim)
+        torch.sub(second, first, out=to_first)
+        torch.ops.aten.threshold_backward.grad_input(gradient, to_first, 0, grad_input=to_second)
+        torch.sub(gradient, to_second, out=to_first)
+        return both, None
 
 
 class _Convolution(torch.autograd.Function):
