@@ -205,8 +205,7 @@ def predict(arguments: list[str]) -> None:
     from lenet_sweep import plots, predict, progress, report
 
     given, here = _predict_arguments(arguments)
-    for path in filter(None, (given.activations, given.json, given.elsewhere)):
-        check_writable(path.parent)
+    _check_targets(given.activations, given.json, given.elsewhere)
     trained = predict.load(given.run, here.tracking)
     screen = progress.console()
     if given.images:
@@ -271,8 +270,7 @@ def compare(arguments: list[str]) -> None:
         raise ConfigError(
             f"{strange[0]}: only tracking=... and tracking.uri=... can be set here; see --filter"
         )
-    for path in filter(None, (given.csv, given.json, given.markdown, given.html, given.figures)):
-        check_writable(path.parent)
+    _check_targets(given.csv, given.json, given.markdown, given.html, given.figures)
     names = [word for word in given.words if word not in overrides]
     everything = given.csv or given.json or given.html or given.figures
     metrics = dict.fromkeys([given.metric, *(records.MORE_IS_BETTER if everything else ())])
@@ -280,9 +278,21 @@ def compare(arguments: list[str]) -> None:
     result = comparison.compare(chosen.runs, given.metric, given.by)
     screen = progress.console()
     screen.print(report.plain(f"{len(chosen.runs)} runs of {chosen.title}"), soft_wrap=True)
-    screen.print(report.comparison_table(result))
+    screen.print(report.comparison_table(result, screen.width))
     for line in [*report.comparison_lines(result), *_write(given, result, chosen)]:
         screen.print(report.plain(line), soft_wrap=True)
+
+
+def _check_targets(*files: Path | None) -> None:
+    """Refuse files that could not be written, before there is something to write.
+
+    Raises:
+        OutputError: naming the folder.
+    """
+    for file in filter(None, files):
+        if not file.parent.is_dir():
+            raise OutputError(f"{file}: there is no folder {file.parent}")
+        check_writable(file.parent)
 
 
 def _write(given: argparse.Namespace, result: "Comparison", chosen: "Selection") -> list[str]:
@@ -336,7 +346,7 @@ def _compare_arguments(arguments: list[str]) -> argparse.Namespace:
     return given
 
 
-def ui(arguments: list[str]) -> None:
+def ui(arguments: list[str]) -> int:
     """Open MLflow's pages on a sweep: its runs, what was swept, curves. Ctrl-C ends the server."""
     from lenet_sweep import progress
     from lenet_sweep import ui as pages
@@ -361,12 +371,18 @@ def ui(arguments: list[str]) -> None:
     names = [word for word in given.words if word not in overrides]
     if len(names) > 1:
         raise ConfigError(f"{' '.join(names)}: the pages open on one sweep or run; name one")
+    if strange := [word for word in names if "=" in word]:
+        raise ConfigError(f"{strange[0]}: only tracking=... can be set here")
     store = _compose(overrides).tracking
     if isinstance(store, configs.NoTrackingConfig):
         raise ConfigError("tracking=none: keeps nothing that MLflow could show; see report.html of a sweep")
     if hasattr(signal, "SIGHUP"):  # a terminal that is closed must not leave the server behind
         signal.signal(signal.SIGHUP, _interrupt)
-    pages.run(names[0] if names else None, store, given.port, not given.no_browser, progress.say)
+    try:
+        pages.run(names[0] if names else None, store, given.port, not given.no_browser, progress.say)
+    except KeyboardInterrupt:  # before there was a page
+        return _INTERRUPTED
+    return 0
 
 
 def _port(text: str) -> int:

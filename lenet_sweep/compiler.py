@@ -63,7 +63,7 @@ def library(config: ModelConfig, extra: tuple[str, ...] = ()) -> Path:
         Unavailable: without a C++ compiler, or if it fails.
     """
     command = [_compiler(), *FLAGS, _cpu_flag(), *extra, *_definitions(config)]
-    path = _cache() / f"{_key(command)}.so"
+    path = cache_folder() / f"{_key(command)}.so"
     if path.exists():
         return path
     try:
@@ -153,7 +153,7 @@ def _cpu() -> str:
     return platform.processor()
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     """The cache folder; where there can be none, one for this process alone."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lenet_sweep"
     try:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # they import torch
 
 MARKS = {"best": "best", "tied": "~", "worse": "", "unknown": "?", "none": ""}
 _HEADINGS = ("n", "final", "95 % interval", "best", "at epoch", "seconds", "verdict", "left out")
+_ASIDE = ("best", "at epoch", "seconds")  # not shown where the screen is narrow
+_WIDE = 100
 _LISTED = 20  # runs that did not end, below a table
 _COMMON = ("data.name", "model.name", "lr", "epochs", "optimizer.name", "batch_size")
 
@@ -101,20 +103,23 @@ def label(overrides: Sequence[str], varied: Sequence[str]) -> str:
     return " ".join(override for override in overrides if override.partition("=")[0] in varied)
 
 
-def comparison_table(comparison: Comparison, at_most: int | None = None) -> Table:
+def comparison_table(comparison: Comparison, width: int, at_most: int | None = None) -> Table:
     """A row for every group, the best first: means, spreads, and what can be told from the best.
 
-    With more than `at_most` groups the others are only counted.
+    With more than `at_most` groups the others are only counted. Fewer than 100 characters of `width`
+    leave out what is not about the final value.
     """
     title = f"{comparison.metric}  {common(comparison)}".rstrip()
     table = Table(title=plain(title), title_justify="left")
     for key in comparison.by or ("",):
         table.add_column(plain(comparisons.short(key)), overflow="fold")
-    table.add_column("n", justify="right")
-    for heading in _HEADINGS[1:]:
+    shown = [heading for heading in _HEADINGS if width >= _WIDE or heading not in _ASIDE]
+    for heading in shown:
         table.add_column(heading, justify="left" if heading in ("verdict", "left out") else "right")
     for group in comparison.groups[:at_most]:
-        table.add_row(*map(plain, _cells(comparison, group)), style=_style(group))
+        values = group.key or ("all runs",)
+        named = dict(zip(_HEADINGS, _cells(comparison, group)[-len(_HEADINGS) :], strict=True))
+        table.add_row(*map(plain, [*values, *(named[heading] for heading in shown)]), style=_style(group))
     if at_most and len(comparison.groups) > at_most:
         table.caption = f"and {len(comparison.groups) - at_most} more: python -m lenet_sweep compare"
     return table

@@ -73,18 +73,26 @@ def place(name: str | None, store: MlflowConfig) -> Place:
     if name is None:
         latest = tracking.latest_sweep(store)
         return _sweeps_place(latest, store) if latest else Place("all runs", _all(store))
-    if Path(name).is_dir():
-        result = ledger.read_result(Path(name))
-        name = (result.run_id if result else None) or Path(name).absolute().name
+    folder = Path(name)
+    if folder.is_dir():
+        result = ledger.read_result(folder)
+        if result and result.run_id:
+            return Place(result.run_id, run_id=result.run_id)
+        if not (folder / "sweep.json").is_file():
+            raise ConfigError(f"{name!r}: holds neither a sweep nor a run that was tracked")
+        return _sweeps_place(folder.absolute().name, store, folder)
     sweep_id, run_id = _find(name, store)
     return _sweeps_place(sweep_id, store) if sweep_id else Place(run_id, run_id=run_id)
 
 
-def _sweeps_place(sweep_id: str, store: MlflowConfig) -> Place:
+def _sweeps_place(sweep_id: str, store: MlflowConfig, folder: Path | None = None) -> Place:
     """A sweep's runs, and with them those that were finished before it, as far as a filter can name them."""
-    runs = _of_sweep(sweep_id, store, None, ()).runs
+    folder = folder or SWEEPS / Path(sweep_id).name
+    runs = _of_sweep(sweep_id, store, None, (), folder).runs
+    if not runs:
+        raise ConfigError(f"{sweep_id!r}: no run of this sweep is in {store.uri}")
     own = tracking.of_sweep(sweep_id)
-    if not records.read_plan(SWEEPS / Path(sweep_id).name).finished_before or len(runs) > _MOST_NAMED:
+    if not records.read_plan(folder).finished_before or len(runs) > _MOST_NAMED:
         return Place(f"sweep {sweep_id}", runs, own)
     return Place(f"sweep {sweep_id}", runs, tracking.of_runs([run.name for run in runs]))
 
@@ -118,9 +126,15 @@ def _find(name: str, store: MlflowConfig) -> tuple[str, str]:
     return "", tracking.find_run(store, name)
 
 
-def _of_sweep(sweep_id: str, store: MlflowConfig, chosen: str | None, metrics: Sequence[str]) -> Selection:
-    """A sweep's runs in the store; those that were finished before it are named in its plan."""
-    plan = records.read_plan(SWEEPS / Path(sweep_id).name)
+def _of_sweep(
+    sweep_id: str,
+    store: MlflowConfig,
+    chosen: str | None,
+    metrics: Sequence[str],
+    folder: Path | None = None,
+) -> Selection:
+    """A sweep's runs in the store; those that were finished before it are named in its folder's plan."""
+    plan = records.read_plan(folder or SWEEPS / Path(sweep_id).name)
     condition = " and ".join([tracking.of_sweep(sweep_id), *([chosen] if chosen else [])])
     found = tracking.records(store, condition, metrics)
     before = [str(job["run_id"]) for job in plan.finished_before if job.get("run_id")]

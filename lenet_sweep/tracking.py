@@ -365,16 +365,23 @@ def share_view(config: MlflowConfig, key: str, name: str, state: dict[str, Any])
     experiment, whose value is the zipped state in an envelope. A browser test holds both.
 
     Raises:
-        ConfigError: if there is nothing in the store yet.
+        ConfigError: if there is nothing in the store yet, or no such experiment.
         TrackingError: if it cannot be asked.
     """
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode(), 9)).decode()
     now = int(time.time() * 1000)
     envelope = {"name": name, "createdAt": now, "updatedAt": now, "state": f"deflate;{packed}"}
     with _asking(config) as client:
-        experiment_id = _experiment(client, config.experiment, config.uri)
-        client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{key}", json.dumps(envelope))
-    return experiment_id
+        experiment = client.get_experiment_by_name(config.experiment)
+        if experiment is None:
+            names = ", ".join(repr(other.name) for other in client.search_experiments())
+            raise ConfigError(
+                f"tracking.experiment={config.experiment!r}: is not in {config.uri}, which has {names}"
+            )
+        client.set_experiment_tag(
+            experiment.experiment_id, f"mlflow.sharedViewState.{key}", json.dumps(envelope)
+        )
+    return str(experiment.experiment_id)
 
 
 def serves(address: str, config: MlflowConfig) -> bool:
@@ -408,13 +415,15 @@ def log_report(config: MlflowConfig, run_id: str, sweep_id: str, report: Path, a
     """Keep a sweep's report with the run that stands for the sweep; return what went wrong, if anything."""
     try:
         client = _client(config.uri)
-        client.log_artifact(run_id, str(report))
-        note = client.get_run(run_id).data.tags.get(_NOTE, "")
+        tags = client.get_run(run_id).data.tags
+        # A run can be the best of later sweeps too, which had not to train it again.
+        folder = None if tags.get("sweep_id") == sweep_id else sweep_id
+        client.log_artifact(run_id, str(report), folder)
+        note = tags.get(_NOTE, "")
         stands = f"This run stands for sweep {_code(sweep_id)}"
         if stands not in note:
-            text = (
-                f"{note}\n\n{stands}: {report.name} among its artifacts compares all of its runs.\n\n{answer}"
-            )
+            where = _code(f"{folder}/{report.name}" if folder else report.name)
+            text = f"{note}\n\n{stands}: {where} among its artifacts compares all of its runs.\n\n{answer}"
             client.set_tag(run_id, _NOTE, text.strip())
     except _any_errors() as error:
         return _first_line(error)

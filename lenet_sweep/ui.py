@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO
 
-from lenet_sweep import selection, tracking, views
+from filelock import FileLock
+
+from lenet_sweep import compiler, selection, tracking, views
 from lenet_sweep.config import MlflowConfig
 from lenet_sweep.errors import ConfigError, TrackingError
 
@@ -44,9 +46,12 @@ def run(name: str | None, store: MlflowConfig, port: int | None, browser: bool, 
         TrackingError: if the store cannot be asked, or the server does not start.
     """
     tracking.check_filled(store)
-    with _server(store, port, say) as server:
-        page = f"{server.address}/{find_page(name, store)}"  # found while the server starts
-        server.wait()
+    with contextlib.ExitStack() as served:
+        # One command at a time chooses a port, or two could take each other's server for their own.
+        with FileLock(compiler.cache_folder() / "ui.lock", timeout=2 * _PATIENCE_S):
+            server = served.enter_context(_server(store, port, say))
+            page = f"{server.address}/{find_page(name, store)}"  # found while the server starts
+            server.wait()
         say(page)
         if browser:
             _open(page)
@@ -85,19 +90,24 @@ class _Server:
     def wait(self) -> None:
         """Return as soon as it answers."""
         deadline = time.monotonic() + _PATIENCE_S
-        while not tracking.answers(self.address):
-            if self.process and self.process.poll() is not None:
+        while not tracking.answers(self.address) or self._has_ended():
+            if self._has_ended():
                 raise TrackingError(f"MLflow's server did not start: {self.last_words()}")
             if time.monotonic() > deadline:
                 raise TrackingError(f"MLflow's server at {self.address} does not answer: {self.last_words()}")
             time.sleep(0.1)
 
+    def _has_ended(self) -> bool:
+        return self.process is not None and self.process.poll() is not None
+
     def last_words(self) -> str:
+        """What the server said last, an error if there was one."""
         if not self.said:
             return "it is none of this command's"
         self.said.seek(0)
         lines = [line.strip() for line in self.said if line.strip()]
-        return lines[-1] if lines else "it said nothing"
+        errors = [line for line in lines if "error" in line.lower()]
+        return (errors or lines or ["it said nothing"])[-1]
 
 
 @contextlib.contextmanager
@@ -106,23 +116,20 @@ def _server(store: MlflowConfig, port: int | None, say: Say) -> Iterator[_Server
     if tracking.is_server(store.uri):
         yield _Server(store.uri.rstrip("/"))
         return
-    wanted = port or PORT
-    if not _is_free(wanted):
-        address = f"http://{HOST}:{wanted}"
-        if tracking.serves(address, store):
+    for wanted in [port] if port else range(PORT, PORT + _OTHERS):
+        if _is_free(wanted):
+            break
+        if tracking.serves(f"http://{HOST}:{wanted}", store):
             say("a server of this store is running already")
-            yield _Server(address)
+            yield _Server(f"http://{HOST}:{wanted}")
             return
         if port:
             raise ConfigError(
                 f"--port {port}: is taken by something else; without --port a free one is found"
             )
-        wanted = next((other for other in range(PORT + 1, PORT + _OTHERS) if _is_free(other)), 0)
-        if not wanted:
-            raise ConfigError(
-                f"ports {PORT} to {PORT + _OTHERS - 1} are all taken; name a free one with --port"
-            )
-        say(f"port {PORT} is taken by something else")
+        say(f"port {wanted} is taken by something else")
+    else:
+        raise ConfigError(f"ports {PORT} to {PORT + _OTHERS - 1} are all taken; name a free one with --port")
     say(f"starting MLflow's server on port {wanted}, for this machine alone")
     with _started(store, wanted) as server:
         yield server

@@ -264,7 +264,7 @@ def test_cache_that_others_can_write_to_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "lenet_sweep").mkdir()
     (tmp_path / "lenet_sweep").chmod(0o777)
-    assert tmp_path not in compiler._cache().parents
+    assert tmp_path not in compiler.cache_folder().parents
 
 
 def test_flags_and_network_decide_the_librarys_name(make_config, tmp_path, monkeypatch):

@@ -85,6 +85,7 @@ def test_sweep_folder_is_never_used_twice(cli, tmp_path):
     second = cli(*MINI, "lr=0.2", "tracking=none", "hydra.sweep.dir=mine", "-m")
     assert (first.returncode, second.returncode) == (0, 2)
     assert "mine: already holds a sweep" in second.stderr
+    assert "FINISHED" not in second.stdout  # nothing of the other sweep is told as this one's
     assert yaml.safe_load((tmp_path / "mine" / "0" / "config.yaml").read_text())["lr"] == 0.1
 
 

@@ -12,6 +12,7 @@ import time
 import zlib
 from base64 import b64decode
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -121,6 +122,16 @@ def test_view_selects_the_latest_sweep_or_the_one_that_is_named(sweep, original)
         assert state["searchFilter"] == f"tags.sweep_id = '{sweep.name}'"
     with pytest.raises(ConfigError, match="neither a folder"):
         ui.find_page("nonsense", store(original))
+    with pytest.raises(ConfigError, match="holds neither"):
+        ui.find_page(".", store(original))
+
+
+def test_experiment_that_is_not_there_is_not_made(original):
+    from mlflow import MlflowClient
+
+    with pytest.raises(ConfigError, match="'typo': is not in"):
+        ui.find_page(None, replace(store(original), experiment="typo"))
+    assert MlflowClient(store(original).uri).get_experiment_by_name("typo") is None
 
 
 def test_run_opens_on_its_own_page(sweep, original):
@@ -131,12 +142,16 @@ def test_run_opens_on_its_own_page(sweep, original):
 
 def test_view_holds_runs_that_were_finished_before_the_sweep(tmp_path, cli):
     small = ("data=fashion_mnist_mini", "threads=1", "data.train_size=300", "epochs=1")
-    for lrs, name in (("0.1", "first"), ("0.1,0.2", "second")):
-        done = cli(*small, f"lr={lrs}", f"hydra.sweep.dir=outputs/sweeps/{name}", "-m")
+    folders = ["outputs/sweeps/first", "elsewhere"]
+    for lrs, folder in zip(("0.1", "0.1,0.2"), folders, strict=True):
+        done = cli(*small, f"lr={lrs}", f"hydra.sweep.dir={folder}", "-m")
         assert done.returncode == 0, done.stderr
     with contextlib.chdir(tmp_path):
-        state = state_of(tmp_path, ui.find_page("second", store(tmp_path)))
+        state = state_of(tmp_path, ui.find_page("elsewhere", store(tmp_path)))
     assert len(re.findall("'[0-9a-f]{32}'", state["searchFilter"])) == 2
+    # Given again, nothing is trained, and the command names the sweep that did.
+    again = cli(*small, "lr=0.1", "-m")
+    assert "curves in the browser: python -m lenet_sweep ui first" in again.stdout
 
 
 def test_runs_of_one_learning_rate_have_one_colour(original):
@@ -174,8 +189,10 @@ def test_best_run_stands_for_the_sweep_and_has_its_report(sweep, original):
         if any(artifact.path == "report.html" for artifact in client.list_artifacts(run.info.run_id))
     ]
     assert len(having) == 1
-    means = {lr: [run.data.metrics["test/acc"] for run in runs if run.data.params["lr"] == lr] for lr in LRS}
-    assert having[0].data.params["lr"] == max(LRS, key=lambda lr: sum(means[lr]))
+    of_lr = {lr: [run.data.metrics["test/acc"] for run in runs if run.data.params["lr"] == lr] for lr in LRS}
+    best = max(LRS, key=lambda lr: sum(of_lr[lr]))
+    assert having[0].data.params["lr"] == best
+    assert having[0].data.metrics["test/acc"] == max(of_lr[best])
     note = having[0].data.tags["mlflow.note.content"]
     assert f"stands for sweep `{sweep.name}`" in note
     assert "Best: lr=" in note
@@ -218,7 +235,7 @@ def test_ctrl_c_ends_the_server_and_leaves_nothing_behind(original):
         assert {connection.laddr.ip for connection in sockets} == {"127.0.0.1"}
         assert len(family) <= 3
         port = int(re.search(r":(\d+)/", address)[1])
-        # The same again takes the server that is there, and does not end it.
+        # The same again, at any moment, takes the server that is there, and does not end it.
         again = subprocess.run(
             [sys.executable, "-m", "lenet_sweep", "ui", "--no-browser", "--port", str(port)],
             cwd=original, capture_output=True, text=True, timeout=60,

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -60,9 +61,10 @@ def sweep(
     if len(missing) < len(planned):
         print(f"{len(planned) - len(missing)} of {len(planned)} runs are finished already")
     returns: list[list[JobReturn]] = []
+    if missing:  # what refuses that must leave a folder that is another sweep's alone
+        _claim(folder, planned, missing, config)
     try:
         if missing:
-            _claim(folder, planned, missing, config)
             launcher = Plugins.instance().instantiate_launcher(
                 hydra_context=hydra_context, task_function=task_function, config=config
             )
@@ -124,7 +126,7 @@ class _Composer:
 
 def _claim(folder: Path, planned: list[Planned], jobs: list[Planned], config: DictConfig) -> None:
     """Make `folder` this sweep's own by creating its plan, which no other sweep may have."""
-    varied = report.varied_keys([job.overrides for job in jobs])
+    varied = report.varied_keys([job.overrides for job in planned])
     colours = _colours([job.overrides for job in planned])
     values = {
         "command": shlex.join(["python", "-m", "lenet_sweep", *sys.argv[1:]]),
@@ -197,7 +199,7 @@ def _answer(planned: list[Planned], folder: Path) -> None:
     screen = progress.console()
     found, selection = _compare(planned, folder)
     if len(found.groups) > 1:
-        screen.print(report.comparison_table(found, at_most=_SHOWN))
+        screen.print(report.comparison_table(found, screen.width, at_most=_SHOWN))
     if folder.exists():
         screen.print(f"output folder {folder.absolute()}", markup=False, soft_wrap=True)
         line = _write_report(found, selection, folder / "report.html", planned[0].config.tracking)
@@ -215,14 +217,29 @@ def _write_report(
         page.write(found, selection, path)
     except OSError as error:
         return f"report.html could not be written: {error.strerror}"
-    best = next((run for group in found.groups for run in group.counted), found.runs[0])
-    result = ledger.read_result(Path(best.name))
-    if isinstance(store, MlflowConfig) and result and result.run_id:
-        answer = report.answer(found)
-        problem = tracking.log_report(store, result.run_id, path.parent.name, path, answer)
+    run_id = _best_run_id(found)
+    if isinstance(store, MlflowConfig) and run_id:
+        problem = tracking.log_report(store, run_id, path.parent.name, path, report.answer(found))
         if problem:
             return f"report {path} (not tracked: {problem})"
     return f"report {path}"
+
+
+def _best_run_id(found: Comparison) -> str | None:
+    """The tracked id of the best run of the best setting; of any run, if none ended well."""
+    sign = 1 if records.MORE_IS_BETTER[found.metric] else -1
+    counted = next((group.counted for group in found.groups if group.counted), ())
+    best = max(counted, key=lambda run: sign * (run.last(found.metric) or 0.0), default=found.runs[0])
+    result = ledger.read_result(Path(best.name))
+    return result.run_id if result else (best.name if re.fullmatch("[0-9a-f]{32}", best.name) else None)
+
+
+def _sweep_of(job: Planned) -> str:
+    """The sweep that a job was finished in, or its run's id, or '' if neither is known here."""
+    entry = ledger.look_up(job.config_hash)
+    if entry and (entry.folder.parent / "sweep.json").is_file():
+        return entry.folder.parent.name
+    return (job.result.run_id if job.result else None) or ""
 
 
 def _before(job: Planned) -> Record:
@@ -262,8 +279,9 @@ def _report(
     for line in report.failures(rows):
         screen.print(line, markup=False, soft_wrap=True, style="red")
     _answer(planned, folder)
-    if isinstance(planned[0].config.tracking, MlflowConfig):
-        command = tracking.ui_command(folder.name if launched else "", planned[0].overrides)
+    name = folder.name if launched else _sweep_of(planned[0])
+    if name and isinstance(planned[0].config.tracking, MlflowConfig):
+        command = tracking.ui_command(name, planned[0].overrides)
         screen.print(f"curves in the browser: {command}", markup=False, soft_wrap=True)
     failed = sum(row.failed for row in rows)
     if failed and not sys.exc_info()[0]:  # what broke the launcher goes before
