@@ -474,7 +474,7 @@ def planned_job(folder: Path, plan: dict[str, Any], number: int) -> "Job":
     from lenet_sweep.plan import Job
 
     planned = plan["jobs"][number]
-    return Job(folder.name, number + 1, len(plan["jobs"]), planned["label"], planned["colour"])
+    return Job(folder.name, number + 1, len(plan["jobs"]), planned["label"], planned.get("colour", ""))
 
 
 def _in_words(error: Exception) -> LenetSweepError:

@@ -43,7 +43,7 @@ class Result:
 
     status: Status
     reason: str | None
-    collapsed: bool  # it ended where it began: accuracy at chance, loss at ln(classes)
+    collapsed: bool  # it ended no better than guessing: accuracy at chance, loss at ln(classes) or above
     run_id: str | None
     config_hash: str
     seconds: float

@@ -156,6 +156,8 @@ def comparison_markdown(comparison: Comparison) -> str:
     best = ["Each choice at its best, with the best of the others:", "", *choices, ""] if choices else []
     headings = [*map(comparisons.short, comparison.by), *_HEADINGS]
     rows = [headings, ["---"] * len(headings), *(_cells(comparison, group) for group in comparison.groups)]
+    seconds = headings.index("seconds")  # of a machine, at a time: nothing for a document
+    rows = [row[:seconds] + row[seconds + 1 :] for row in rows]
     table = [f"| {' | '.join(map(_markdown, row))} |" for row in rows]
     return "\n".join([answer(comparison), "", *best, *table, "", *comparison_lines(comparison)]) + "\n"
 

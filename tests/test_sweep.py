@@ -140,3 +140,13 @@ def test_sweep_over_epochs_given_longest_first_costs_the_longest(cli, tmp_path):
     counts = [len((sweep / f"{n}" / "metrics.jsonl").read_text().splitlines()) for n in range(3)]
     assert counts == [4, 1, 2]
     assert done.stdout.count("going on after epoch") == 2
+
+
+def test_sweep_that_has_nothing_to_train_leaves_a_folder_of_others_alone(cli, tmp_path):
+    for lr, folder in (("0.1", "mine"), ("0.2", "other")):
+        assert cli(*MINI, f"lr={lr}", f"hydra.sweep.dir={folder}", "-m").returncode == 0
+    before = (tmp_path / "other" / "report.html").read_bytes()
+    again = cli(*MINI, "lr=0.1", "hydra.sweep.dir=other", "-m")
+    assert again.returncode == 0, again.stderr
+    assert "lr=0.2" not in again.stdout
+    assert (tmp_path / "other" / "report.html").read_bytes() == before

@@ -9,7 +9,6 @@ pictures are taken. Further words are overrides of the sweep, for a quick look.
 import argparse
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -75,9 +74,12 @@ def _pages(folder: Path) -> Iterator[str]:
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         try:
-            yield next(line.strip() for line in process.stdout if line.startswith("http"))
+            address = next((line.strip() for line in process.stdout if line.startswith("http")), None)
+            if address is None:
+                raise SystemExit("the pages could not be served")
+            yield address
         finally:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
 
 
 def _saved_view(tab: Page, address: str, path: Path) -> None:

@@ -22,7 +22,7 @@ from lenet_sweep import config as configs
 from lenet_sweep.cli import to_config
 from lenet_sweep.comparison import Comparison
 from lenet_sweep.config import Config, MlflowConfig, NoTrackingConfig
-from lenet_sweep.errors import ConfigError, OutputError, RunFailed
+from lenet_sweep.errors import ConfigError, LenetSweepError, OutputError, RunFailed
 from lenet_sweep.ledger import Result
 from lenet_sweep.paths import write_atomic
 from lenet_sweep.plan import Planned
@@ -185,22 +185,21 @@ def _returned(ended: JobReturn | None, job: Planned) -> Result | None:
     return value if isinstance(value, Result) else None
 
 
-def _compare(planned: list[Planned], folder: Path) -> tuple[Comparison, Selection]:
-    """All runs of the sweep from what they left in their folders, and those that were finished before."""
-    runs = records.of_sweep(folder) if folder.exists() else []
+def _compare(planned: list[Planned], runs: list[Record], folder: Path) -> tuple[Comparison, Selection]:
+    """All runs of the sweep: those that it trained in `folder`, and those that were finished before."""
     here = {run.config_hash for run in runs}
     runs += [_before(job) for job in planned if job.result and job.config_hash not in here]
     command = records.read_plan(folder).command
     return comparison.compare(runs, "test/acc"), Selection(folder.name, tuple(runs), (command,))
 
 
-def _answer(planned: list[Planned], folder: Path) -> None:
-    """Show which setting is best, and write the report if anything was trained."""
+def _answer(planned: list[Planned], folder: Path, trained: bool) -> None:
+    """Show which setting is best, and write the report if anything was `trained` in `folder`."""
     screen = progress.console()
-    found, selection = _compare(planned, folder)
+    found, selection = _compare(planned, records.of_sweep(folder) if trained else [], folder)
     if len(found.groups) > 1:
         screen.print(report.comparison_table(found, screen.width, at_most=_SHOWN))
-    if folder.exists():
+    if trained:
         screen.print(f"output folder {folder.absolute()}", markup=False, soft_wrap=True)
         line = _write_report(found, selection, folder / "report.html", planned[0].config.tracking)
         screen.print(line, markup=False, soft_wrap=True)
@@ -278,7 +277,10 @@ def _report(
     screen.print(report.sweep_table(rows))
     for line in report.failures(rows):
         screen.print(line, markup=False, soft_wrap=True, style="red")
-    _answer(planned, folder)
+    try:
+        _answer(planned, folder, bool(launched))
+    except LenetSweepError as error:  # it must not hide what ended the sweep
+        screen.print(f"the runs could not be compared: {error}", markup=False, soft_wrap=True)
     name = folder.name if launched else _sweep_of(planned[0])
     if name and isinstance(planned[0].config.tracking, MlflowConfig):
         command = tracking.ui_command(name, planned[0].overrides)
