@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -61,6 +62,28 @@ def journals(sweep):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         found.setdefault(str(lr), []).append([line["test/acc"] for line in lines])
     return {lr: np.array(runs) for lr, runs in found.items()}
+
+
+def test_report_of_a_sweep_has_the_numbers_computed_from_its_journals(original):
+    sweep = original / "outputs" / "sweeps" / "first"
+    text = (sweep / "report.html").read_text(encoding="utf-8")
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text)[1])
+    charts = {(s["title"], c["title"]): c for s in data["sections"] for c in s["charts"]}
+    curves = {t["name"]: t for t in charts["Learning curves", "test/acc"]["traces"] if "name" in t}
+    points = {t["name"]: t for t in charts["Each choice by itself", "lr"]["traces"]}
+    found = journals(sweep)
+    assert set(curves) == set(points) == {f"lr={lr}" for lr in found}
+    for lr, runs in found.items():
+        curve, point = curves[f"lr={lr}"], points[f"lr={lr}"]
+        assert curve["y"] == pytest.approx(list(runs.mean(0)), abs=1e-12)
+        assert curve["customdata"] == pytest.approx(list(runs.std(0, ddof=1)), abs=1e-12)
+        assert point["y"] == [pytest.approx(runs[:, -1].mean(), abs=1e-12)]
+        half = stats.t.ppf(0.975, 2) * stats.sem(runs[:, -1])
+        assert point["error_y"]["array"] == [pytest.approx(half)]
+        # And as text, in the table.
+        mean, sd = runs[:, -1].mean(), runs[:, -1].std(ddof=1)
+        assert f">{lr}</td>" in text
+        assert f">{mean:.3f} ± {sd:.3f}</td>" in text
 
 
 @pytest.mark.parametrize("source", [["first"], ["first", "tracking=none"], ["outputs/sweeps/first"]])
