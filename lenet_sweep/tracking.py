@@ -14,6 +14,7 @@ import os
 import queue
 import re
 import shlex
+import signal
 import socket
 import sqlite3
 import threading
@@ -497,7 +498,8 @@ class _MlflowRun:
             return
         try:
             points = [Metric(key, value, time_ms, epoch) for key, value in metrics.items()]
-            _client(self.uri).log_batch(self.run_id, metrics=points)
+            with _unbroken():
+                _client(self.uri).log_batch(self.run_id, metrics=points)
         except _store_errors() as error:
             self._lose(error)
 
@@ -773,6 +775,30 @@ def _store_errors() -> tuple[type[Exception], ...]:
 def _any_errors() -> tuple[type[Exception], ...]:
     """The same, and what we make of it."""
     return (*_store_errors(), TrackingError)
+
+
+@contextmanager
+def _unbroken() -> Iterator[None]:
+    """Put off Ctrl-C and SIGTERM until the end of the block.
+
+    A transaction that they break stays open, and keeps SQLite locked for what is then written of the
+    run's end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    before = {
+        sign: signal.signal(sign, lambda sign, frame: caught.append(sign))
+        for sign in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+    for number in caught[:1]:
+        signal.raise_signal(number)
 
 
 def _code(text: str) -> str:

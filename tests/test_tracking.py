@@ -1,6 +1,7 @@
 """MLflow through the front door: what was logged is what its own client reads back."""
 
 import multiprocessing
+import signal
 import sqlite3
 import time
 from pathlib import Path
@@ -186,3 +187,25 @@ def test_ui_command_says_again_where_the_store_is():
         "python -m lenet_sweep ui abc 'tracking.uri=sqlite:///my runs/mlflow.db' tracking.experiment=x"
     )
     assert tracking.ui_command("", ()) == "python -m lenet_sweep ui"
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_waits_until_the_store_has_what_is_being_written(sign):
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(sign, interrupt)
+    written = []
+
+    def write():
+        with tracking._unbroken():
+            signal.raise_signal(sign)
+            written.append("all")
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write()
+        assert signal.getsignal(sign) is interrupt
+    finally:
+        signal.signal(sign, before)
+    assert written == ["all"]
