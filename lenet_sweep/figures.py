@@ -17,6 +17,8 @@ LINES = 12  # groups in a picture; a paper's reader tells no more apart
 
 _DASHES = dict(zip(charts.DASHES, ("-", "--", ":", "-."), strict=True))
 
+_SIDE_BY_SIDE = 36  # characters of all labels of a choice that fit below its axis
+
 
 def write(found: Comparison, folder: Path) -> list[Path]:
     """Draw curves, heatmaps and choices into `folder`; return what was written."""
@@ -97,7 +99,11 @@ def _draw_choice(axes: Axes, found: Comparison, key: str, names: Sequence[str]) 
             half = 0.0 if group.final.high is None else group.final.high - group.final.mean
             colour = charts.style(i)[0]
             axes.errorbar(x, group.final.mean, half, fmt="o", ms=4, capsize=2, color=colour)
-    axes.set_xticks(range(len(names)), [_text(name) for name in names])
+    labels = [_text(name) for name in names]
+    if sum(map(len, labels)) > _SIDE_BY_SIDE:
+        axes.set_xticks(range(len(names)), labels, rotation=30, ha="right", rotation_mode="anchor")
+    else:
+        axes.set_xticks(range(len(names)), labels)
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set(xlabel=comparison.short(key), ylabel=f"final {found.metric}")
     axes.grid(axis="y", alpha=0.3)
