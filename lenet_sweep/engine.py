@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Protocol
 
 import torch
@@ -68,42 +69,64 @@ class Step(Protocol):
 
 
 class Autograd:
-    """The step as torch does it, on any device."""
+    """The step as torch does it, on any device.
+
+    On a CPU each of `threads` threads takes a part of the batch from its images to its gradients: they
+    wait for each other once in a step, where torch's own would in every operation. So no example may
+    have a part in another's loss, as it has where batches are normalised.
+    """
 
     name = "torch"
 
-    def __init__(self, network: nn.Sequential, amp: bool = False) -> None:
+    def __init__(self, network: nn.Sequential, amp: bool = False, threads: int = 1) -> None:
         self.network = network
         self._amp = amp
+        self._parameters = list(network.parameters())
+        self._team = devices.Team(threads)
 
     def gradients(self, examples: Split, indices_N: Tensor) -> Tensor:
         """Put the mean loss's gradients into `.grad`; return [sum of losses, number right]."""
+        take = partial(self._part, examples, size=len(indices_N))
+        gradients, totals = zip(*self._team.map(take, indices_N.chunk(self._team.size)), strict=True)
+        for parameter, *parts in zip(self._parameters, *gradients, strict=True):
+            # In order, so that the bits are always the same; fused optimizers ask for no other layout.
+            parameter.grad = reduce(torch.add, parts).contiguous()
+        sums: Tensor = reduce(torch.add, totals)
+        return sums
+
+    def _part(self, examples: Split, indices_N: Tensor, size: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """What these examples add to the gradients and totals of a batch of `size`."""
         batch = examples.take(indices_N)
         logits_NK = forward(self.network, batch.images_NCHW, self._amp)
-        loss = F.cross_entropy(logits_NK, batch.labels_N)
-        self.network.zero_grad()
-        loss.backward()
-        return loss_and_right(loss, logits_NK, batch.labels_N)
+        loss = F.cross_entropy(logits_NK, batch.labels_N, reduction="sum")
+        gradients = torch.autograd.grad(loss / size, self._parameters)
+        return gradients, loss_and_right(loss, logits_NK, batch.labels_N)
 
-    @torch.no_grad()
     def totals(self, examples: Split) -> Tensor:
         """[sum of losses, number right] over all examples, in eval mode."""
-        self.network.eval()
-        device = examples.labels_N.device
-        totals = torch.zeros(2, dtype=total_dtype(device), device=device)
-        for images_NCHW, labels_N in batches(examples):
+
+        @torch.no_grad()
+        def take(images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
             logits_NK = forward(self.network, images_NCHW, self._amp)
-            totals += loss_and_right(F.cross_entropy(logits_NK, labels_N), logits_NK, labels_N)
+            loss = F.cross_entropy(logits_NK, labels_N, reduction="sum")
+            return loss_and_right(loss, logits_NK, labels_N).to(total_dtype(labels_N.device))
+
+        self.network.eval()
+        totals = reduce(torch.add, self._team.map(take, *zip(*batches(examples), strict=True)))
         self.network.train()
         return totals
 
-    @torch.no_grad()
     def predict(self, examples: Split) -> Tensor:
         """The likeliest class of each example, int64 of shape (N,)."""
+
+        @torch.no_grad()
+        def take(images_NCHW: Tensor) -> Tensor:
+            return forward(self.network, images_NCHW, self._amp).argmax(1)
+
         self.network.eval()
-        classes = [forward(self.network, images, self._amp).argmax(1) for images, _ in batches(examples)]
+        classes = torch.cat(self._team.map(take, examples.images_NCHW.split(EVALUATION_BATCH)))
         self.network.train()
-        return torch.cat(classes)
+        return classes
 
 
 def choose_step(config: Config, network: nn.Sequential, device: torch.device) -> tuple[Step, str | None]:
@@ -112,18 +135,18 @@ def choose_step(config: Config, network: nn.Sequential, device: torch.device) ->
     Raises:
         DeviceError: if the native step is asked for by name and cannot be had.
     """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
     if config.backend == "torch" or (config.backend == "auto" and _wants_torch(config, device)):
-        return Autograd(network, config.precision.amp), None
+        return Autograd(network, config.precision.amp, threads), None
     try:
         if device.type != "cpu":
             raise Unavailable(f"it is for CPUs, and this run is on {device}")
-        return Native(network, config.model, torch.get_num_threads()), None
+        return Native(network, config.model, threads), None
     except Unavailable as error:
         if config.backend == "native":
             raise DeviceError(f"backend=native: {error}") from error
-        return Autograd(
-            network, config.precision.amp
-        ), f"no native step, so torch's, which is slower: {error}"
+        reason = f"no native step, so torch's, which is slower: {error}"
+        return Autograd(network, config.precision.amp, threads), reason
 
 
 def _wants_torch(config: Config, device: torch.device) -> bool:
@@ -160,8 +183,8 @@ def train(
         order_N = torch.randperm(len(data.train), generator=generator(seed, f"order/{epoch}")).to(device)
         totals = torch.zeros(2, dtype=total_dtype(device), device=device)
         seen, curve = 0, []
-        # The native step has threads of its own; torch's would meet at every tensor of a small update.
-        with devices.single_threaded() if step.name == "native" else nullcontext():
+        # The step has threads of its own; torch's would meet at every tensor of a small update.
+        with devices.single_threaded():
             for number, indices_N in enumerate(order_N.split(batch_size), start=1):
                 totals += step.gradients(data.train, indices_N)
                 optimizer.step()
@@ -217,9 +240,9 @@ def batches(examples: Split) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def loss_and_right(loss: Tensor, logits_NK: Tensor, labels_N: Tensor) -> Tensor:
-    """[sum of the losses, number right] of a batch whose mean loss is `loss`, shape (2,)."""
+    """[sum of the losses, number right] of a batch whose summed loss is `loss`, shape (2,)."""
     right = (logits_NK.argmax(1) == labels_N).sum()
-    return torch.stack([loss.detach() * len(labels_N), right])
+    return torch.stack([loss.detach(), right])
 
 
 def total_dtype(device: torch.device) -> torch.dtype:

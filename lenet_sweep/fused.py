@@ -149,8 +149,8 @@ def gradient_step(
 
     def loss_of(weights_P: Tensor) -> tuple[Tensor, Tensor]:
         logits_NK = forward(network, weights_P, images_NCHW, amp)
-        loss = F.cross_entropy(logits_NK, labels_N)
-        return loss, engine.loss_and_right(loss, logits_NK, labels_N)
+        loss = F.cross_entropy(logits_NK, labels_N, reduction="sum")
+        return loss / len(labels_N), engine.loss_and_right(loss, logits_NK, labels_N)
 
     gradient_P, totals = grad(loss_of, has_aux=True)(weights_P)
     weights_P, slots = update(weights_P, gradient_P, slots, rates, step)
@@ -254,7 +254,8 @@ class _Array:
 
         def assess(weights_P: Tensor, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
             logits_NK = forward(self.members[0].network, weights_P, images_NCHW, self.amp)
-            return engine.loss_and_right(F.cross_entropy(logits_NK, labels_N), logits_NK, labels_N)
+            loss = F.cross_entropy(logits_NK, labels_N, reduction="sum")
+            return engine.loss_and_right(loss, logits_NK, labels_N)
 
         self.members[0].network.eval()
         totals_R2 = torch.zeros_like(self.totals_R2)

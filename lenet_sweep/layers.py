@@ -1,13 +1,15 @@
 """LeNet's layers: torch's own modules, in formulations that are faster on a CPU.
 
-On other devices, and where a formulation does not apply, the library's kernels are called. Values and
-gradients are the library's but for rounding. The library's convolutions compute 16 channels at once,
-used or not; where LeNet has fewer, neighbouring places of an image are taken for further channels.
+Values and gradients are the library's but for rounding; other devices call its kernels as they are.
+Its convolutions compute 16 channels at once, used or not: where LeNet has fewer, neighbouring places of
+an image are taken for further channels. Its pools, and the gradients of kernels, are several times as
+fast with the channels innermost in memory; the gradients of images are not.
 
 Shape suffixes: N examples, C channels in, O channels out, K side of a kernel, H height, W width,
-P the four places of a pool's window in reading order, Q side of the pool's result.
+P the four places of a pool's window in reading order, Q and R height and width of the pool's result.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,10 +43,10 @@ class Conv2d(nn.Conv2d):
     """A convolution of stride 1 with a bias, in one group."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        # One channel lies the same in every layout.
+        # One channel lies the same in every layout, and images of one are the data, which do not learn.
         if self.in_channels == 1 or not _is_ours(x_NCHW):
             return super().forward(x_NCHW)
-        y_NOHW: Tensor = _Convolution.apply(x_NCHW, self.weight, self.bias, self.padding)
+        y_NOHW: Tensor = _Convolution.apply(_innermost(x_NCHW), self.weight, self.bias, self.padding)
         return y_NOHW
 
     def makes_windows(self, x_NCHW: Tensor) -> bool:
@@ -54,42 +56,35 @@ class Conv2d(nn.Conv2d):
         return self.in_channels == 1 and are_even
 
     def windows(self, x_NCHW: Tensor) -> Tensor:
-        """What `forward` gives, as NOPQQ: a convolution of the pool's stride with the places as channels."""
+        """What `forward` gives, as NOPQR: a convolution of the pool's stride with the places as channels."""
         assert self.bias is not None
         weight, bias = _shifted(self.weight, 2, 2), self.bias.repeat_interleave(4)
-        y_NMQQ: Tensor = F.conv2d(x_NCHW, weight, bias, stride=2, padding=self.padding)
-        return torch.unflatten(y_NMQQ, 1, (-1, 4))
+        y_NMQR: Tensor = F.conv2d(x_NCHW, weight, bias, stride=2, padding=self.padding)
+        return torch.unflatten(y_NMQR, 1, (-1, 4))
 
 
 class AvgPool2d(nn.AvgPool2d):
     """The mean of each 2x2 window, in strides of 2."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        if not _can_be_halved(x_NCHW):
-            return super().forward(x_NCHW)
-        mean: Tensor = _Sum.apply(_Sum.apply(x_NCHW, -2), -1) * 0.25
+        mean: Tensor = _Innermost.apply(super().forward(_innermost(x_NCHW)))
         return mean
 
-    def of_windows(self, x_NOPQQ: Tensor) -> Tensor:
+    def of_windows(self, x_NOPQR: Tensor) -> Tensor:
         """The same from `Conv2d.windows`."""
-        return x_NOPQQ.sum(2) * 0.25
+        return x_NOPQR.sum(2) * 0.25
 
 
 class MaxPool2d(nn.MaxPool2d):
     """The maximum of each 2x2 window, in strides of 2: NaN if one is in it. The first of equals learns."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        if not _can_be_halved(x_NCHW):
-            library: Tensor = super().forward(x_NCHW)
-            return library
-        # Columns before rows, so that the first of equals is the library's: in reading order.
-        of_windows: Tensor = _Maximum.apply(_Maximum.apply(x_NCHW, -1), -2)
-        return of_windows
+        maximum: Tensor = _Innermost.apply(super().forward(_innermost(x_NCHW)))
+        return maximum
 
-    def of_windows(self, x_NOPQQ: Tensor) -> Tensor:
+    def of_windows(self, x_NOPQR: Tensor) -> Tensor:
         """The same from `Conv2d.windows`."""
-        of_windows: Tensor = _Maximum.apply(_Maximum.apply(x_NOPQQ, -3), -3)
-        return of_windows.squeeze(-3)
+        return _over_places(F.max_pool2d, x_NOPQR)
 
 
 def _are_one(layers: list[nn.Module], x_NCHW: Tensor) -> bool:
@@ -117,9 +112,20 @@ def _is_ours(x_NCHW: Tensor) -> bool:
     return x_NCHW.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
-def _can_be_halved(x_NCHW: Tensor) -> bool:
-    height, width = x_NCHW.shape[-2:]
-    return x_NCHW.device.type == "cpu" and height % 2 == width % 2 == 0
+def _innermost(x_NCHW: Tensor) -> Tensor:
+    """The same, on a CPU with the channels innermost in memory: vmap knows no other way to ask for that."""
+    if x_NCHW.device.type != "cpu":
+        return x_NCHW
+    return x_NCHW.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def _over_places(pool: Callable[..., Tensor], x_NOPQR: Tensor) -> Tensor:
+    """Pool the windows' places, one below the other in an image whose channels are all the windows."""
+    places, *sides = x_NOPQR.shape[2:]
+    x_MPL = x_NOPQR.flatten(3).flatten(0, 1)
+    # The layout is told by the strides: the gradient has them too, for the permutation back.
+    pooled_ML11 = pool(x_MPL.unsqueeze(2).permute(0, 3, 1, 2), (places, 1))
+    return pooled_ML11.permute(0, 2, 3, 1).reshape(*x_NOPQR.shape[:2], *sides)
 
 
 def _shifted(w_OCKK: Tensor, rows: int, columns: int) -> Tensor:
@@ -132,71 +138,22 @@ def _shifted(w_OCKK: Tensor, rows: int, columns: int) -> Tensor:
     return torch.stack(shifted, 1).flatten(0, 1)
 
 
-def _pairs(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The even and the odd places along a dimension that is counted from the last, as views."""
-    even, odd = x.unflatten(dim, (-1, 2)).unbind(dim)
-    return even, odd
-
-
-def _joined(even: Tensor, odd: Tensor, dim: int) -> Tensor:
-    """The opposite of `_pairs`: torch.stack, which copies one by one, where derivatives are asked for."""
-    if torch.is_grad_enabled():
-        return torch.stack((even, odd), dim).flatten(dim - 1, dim)
-    shape = list(even.shape)
-    shape[dim] *= 2
-    both = even.new_empty(shape)
-    for part, values in zip(_pairs(both, dim), (even, odd), strict=True):
-        part.copy_(values)
-    return both
-
-
-class _Sum(torch.autograd.Function):
-    """The sum of each pair along a dimension; the backward of a strided slice clears a whole image first."""
+class _Innermost(torch.autograd.Function):
+    """`_innermost`, and the gradient too: the library's pools take the layout of what comes."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, dim: int) -> Tensor:
-        return torch.add(*_pairs(x, dim))
+    def forward(x_NCHW: Tensor) -> Tensor:
+        return _innermost(x_NCHW)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
-        _, ctx.dim = inputs
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _joined(gradient, gradient, ctx.dim), None
-
-
-class _Maximum(torch.autograd.Function):
-    """The greater of each pair along a dimension, or NaN; of equals the first learns, as in a pool."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, dim: int) -> Tensor:
-        return torch.maximum(*_pairs(x, dim))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
-        x, ctx.dim = inputs
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        first, second = _pairs(x, ctx.dim)
-        # ReLU's backward is vectorised; a mask of bools costs five times as much.
-        if torch.is_grad_enabled() or ctx.dim == -1:
-            to_second = torch.ops.aten.threshold_backward(gradient, second - first, 0)
-            return _joined(gradient - to_second, to_second, ctx.dim), None
-        # The same in place costs half, but for every other number of a row.
-        both = torch.empty_like(x)
-        to_first, to_second = _pairs(both, ctx.dim)
-        torch.sub(second, first, out=to_first)
-        torch.ops.aten.threshold_backward.grad_input(gradient, to_first, 0, grad_input=to_second)
-        torch.sub(gradient, to_second, out=to_first)
-        return both, None
+    def backward(ctx: Any, gradient_NCHW: Tensor) -> Tensor:
+        return _innermost(gradient_NCHW)
 
 
 class _Convolution(torch.autograd.Function):
@@ -216,10 +173,9 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_NOHW: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x_NCHW, w_OCKK = ctx.saved_tensors
-        innermost = x_NCHW.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         return (
-            _input_gradient(g_NOHW, w_OCKK, x_NCHW.shape[-1], ctx.padding),
-            conv2d_weight(innermost, w_OCKK.shape, g_NOHW, padding=ctx.padding),
+            _input_gradient(g_NOHW.contiguous(), w_OCKK, x_NCHW.shape[-1], ctx.padding),
+            conv2d_weight(x_NCHW, w_OCKK.shape, _innermost(g_NOHW), padding=ctx.padding),
             g_NOHW.sum((0, 2, 3)),
             None,
         )

@@ -33,11 +33,11 @@ def setup(make_config):
     return build
 
 
-def train(setup, data, *overrides, amp=False, **options):
+def train(setup, data, *overrides, amp=False, dtype=torch.float32, threads=1, **options):
     """Train with these overrides; return all epochs' metrics and the network."""
     config, network, optimizer, schedule = setup(*overrides)
     epochs = engine.train(
-        engine.Autograd(network, amp),
+        engine.Autograd(network.to(dtype), amp, threads),
         optimizer,
         schedule,
         data,
@@ -63,13 +63,15 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.parametrize("threads", [1, 3, 9])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_training_equals_an_independent_loop_over_the_same_batches(setup, mini, optimizer):
-    epochs, network = train(setup, mini, optimizer, "lr=0.05", "epochs=2", "batch_size=128")
+def test_training_equals_an_independent_loop_over_the_same_batches(setup, mini, optimizer, threads):
+    overrides = optimizer, "lr=0.05", "epochs=2", "batch_size=128"
+    epochs, network = train(setup, mini, *overrides, dtype=torch.float64, threads=threads)
 
-    oracle = setup(optimizer)[1]
+    oracle = setup(optimizer)[1].double()
     steps = OPTIMIZERS[optimizer](oracle.parameters())
-    images, labels = mini.train.images_NCHW.float() / 255, mini.train.labels_N
+    images, labels = mini.train.images_NCHW.double() / 255, mini.train.labels_N
     for metrics in epochs:
         order = torch.randperm(700, generator=generator(0, f"order/{metrics.epoch}"))
         loss_sum = right = 0.0
@@ -82,16 +84,16 @@ def test_training_equals_an_independent_loop_over_the_same_batches(setup, mini, 
             steps.step()
             loss_sum += loss.item() * len(chosen)
             right += (outputs.argmax(dim=1) == labels[chosen]).float().sum().item()
-        assert metrics.train_loss == pytest.approx(loss_sum / 700, abs=1e-5)
+        assert metrics.train_loss == pytest.approx(loss_sum / 700, abs=1e-10)
         assert metrics.train_acc == pytest.approx(right / 700, abs=1e-9)
         with torch.no_grad():
-            test_outputs = oracle(mini.test.images_NCHW.float() / 255)
+            test_outputs = oracle(mini.test.images_NCHW.double() / 255)
         assert metrics.test_loss == pytest.approx(
-            F.cross_entropy(test_outputs, mini.test.labels_N).item(), abs=1e-5
+            F.cross_entropy(test_outputs, mini.test.labels_N).item(), abs=1e-10
         )
         assert metrics.test_acc == (test_outputs.argmax(1) == mini.test.labels_N).double().mean().item()
     for mine, theirs in zip(network.parameters(), oracle.parameters(), strict=True):
-        assert torch.allclose(mine, theirs, atol=1e-6)
+        assert torch.allclose(mine, theirs, rtol=0, atol=1e-9)
 
 
 def test_validation_metrics_are_those_of_the_held_out_examples(setup, mini):

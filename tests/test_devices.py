@@ -1,0 +1,31 @@
+"""Which device is taken is shown by test_engine and test_cli; here, how work is shared between threads."""
+
+import threading
+
+import pytest
+import torch
+
+from lenet_sweep import devices
+
+
+@pytest.mark.parametrize(("threads", "size", "share"), [(1, 1, None), (2, 2, 1), (3, 3, 1), (9, 4, 2)])
+def test_team_works_side_by_side_each_with_its_share_of_the_threads(threads, size, share):
+    team, together = devices.Team(threads), threading.Barrier(size)
+
+    def work(part, other):
+        together.wait(timeout=10)  # would break if one came after the other
+        return part + other, torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    results = team.map(work, range(size), range(0, 10 * size, 10))
+    assert results == [(11 * i, share or before) for i in range(size)]
+    assert torch.get_num_threads() == before
+
+
+def test_what_a_part_raises_reaches_the_caller():
+    def work(part):
+        raise ValueError(f"part {part}")
+
+    for threads in (1, 2):
+        with pytest.raises(ValueError, match="part 0"):
+            devices.Team(threads).map(work, range(2))
