@@ -97,14 +97,14 @@ _preferred_gpu = 0
 
 
 @contextlib.contextmanager
-def single_threaded() -> Iterator[None]:
-    """Do small things on the CPU with one thread: two of them would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch's operations on the CPU have this many threads, for the calling thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 class Team:
@@ -117,9 +117,22 @@ class Team:
 
     def __init__(self, threads: int) -> None:
         self.size = min(threads, self._MOST)
-        share = threads // self.size
-        self._pool = ThreadPoolExecutor(self.size, "part", torch.set_num_threads, (share,))
+        self._share = threads // self.size
+        # One of the team is whoever calls `map`.
+        self._others = ThreadPoolExecutor(max(1, self.size - 1), "part", _have_threads, (self._share,))
 
     def map(self, work: Callable[..., Result], *parts: Sequence[Any]) -> list[Result]:
-        """The results in the order of the parts; by the caller's own thread where it is alone."""
-        return list(self._pool.map(work, *parts) if self.size > 1 else map(work, *parts))
+        """What `work` makes of each part, in their order."""
+        if self.size == 1:
+            return list(map(work, *parts))
+        calls = dict(enumerate(zip(*parts, strict=True)))
+        others = {i: self._others.submit(work, *call) for i, call in calls.items() if i % self.size}
+        with torch_threads(self._share):
+            mine = {i: work(*call) for i, call in calls.items() if i not in others}
+        return [mine[i] if i in mine else others[i].result() for i in calls]
+
+
+def _have_threads(count: int) -> None:
+    # At its first question a thread takes the number that was last set, by whichever thread.
+    torch.get_num_threads()
+    torch.set_num_threads(count)

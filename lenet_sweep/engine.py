@@ -184,7 +184,7 @@ def train(
         totals = torch.zeros(2, dtype=total_dtype(device), device=device)
         seen, curve = 0, []
         # The step has threads of its own; torch's would meet at every tensor of a small update.
-        with devices.single_threaded():
+        with devices.torch_threads(1):
             for number, indices_N in enumerate(order_N.split(batch_size), start=1):
                 totals += step.gradients(data.train, indices_N)
                 optimizer.step()

@@ -9,6 +9,7 @@ Shape suffixes: N examples, C channels in, O channels out, K side of a kernel, H
 P the four places of a pool's window in reading order, Q and R height and width of the pool's result.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -67,8 +68,7 @@ class AvgPool2d(nn.AvgPool2d):
     """The mean of each 2x2 window, in strides of 2."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        mean: Tensor = _Innermost.apply(super().forward(_innermost(x_NCHW)))
-        return mean
+        return super().forward(_innermost(x_NCHW))
 
     def of_windows(self, x_NOPQR: Tensor) -> Tensor:
         """The same from `Conv2d.windows`."""
@@ -79,7 +79,7 @@ class MaxPool2d(nn.MaxPool2d):
     """The maximum of each 2x2 window, in strides of 2: NaN if one is in it. The first of equals learns."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        maximum: Tensor = _Innermost.apply(super().forward(_innermost(x_NCHW)))
+        maximum: Tensor = super().forward(_innermost(x_NCHW))
         return maximum
 
     def of_windows(self, x_NOPQR: Tensor) -> Tensor:
@@ -104,6 +104,9 @@ def _pooled(conv: Conv2d, activation: nn.Module, pool: AvgPool2d | MaxPool2d, x_
         pooled: Tensor = activation(reduce(sums))  # of a quarter of the values
     else:
         pooled = reduce(activation(sums))
+    if pooled.requires_grad and not in_windows:
+        # The backward passes take the layout of what comes; nothing comes in some second derivatives.
+        pooled.register_hook(lambda gradient: gradient if gradient is None else _innermost(gradient))
     return pooled
 
 
@@ -133,27 +136,19 @@ def _shifted(w_OCKK: Tensor, rows: int, columns: int) -> Tensor:
 
     Channel (o * rows + r) * columns + c of the result is channel o of the kernel, r down and c to the right.
     """
+    side = w_OCKK.shape[-1]
+    where_LS = _where_it_goes(side, rows, columns, w_OCKK.dtype)
+    w_OPCS = (w_OCKK.flatten(2) @ where_LS).unflatten(2, (rows * columns, -1)).transpose(1, 2)
+    return torch.unflatten(w_OPCS.flatten(0, 1), 2, (side + rows - 1, side + columns - 1))
+
+
+@functools.cache
+def _where_it_goes(side: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A 1 wherever a number of a kernel comes to lie: all shifts are one product, each of one number."""
+    one_L1KK = torch.eye(side**2, dtype=dtype).view(-1, 1, side, side)
     places = [(row, column) for row in range(rows) for column in range(columns)]
-    shifted = [F.pad(w_OCKK, (c, columns - 1 - c, r, rows - 1 - r)) for r, c in places]
-    return torch.stack(shifted, 1).flatten(0, 1)
-
-
-class _Innermost(torch.autograd.Function):
-    """`_innermost`, and the gradient too: the library's pools take the layout of what comes."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x_NCHW: Tensor) -> Tensor:
-        return _innermost(x_NCHW)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, gradient_NCHW: Tensor) -> Tensor:
-        return _innermost(gradient_NCHW)
+    shifted = [F.pad(one_L1KK, (c, columns - 1 - c, r, rows - 1 - r)) for r, c in places]
+    return torch.cat(shifted, 1).flatten(1)
 
 
 class _Convolution(torch.autograd.Function):

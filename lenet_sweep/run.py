@@ -533,7 +533,7 @@ def _save(config: Config, trained: Trained, folder: Path) -> None:
     plots.confusion_matrix(matrix, data.class_names, pictures / "confusion_matrix.png")
     accuracies = dict(zip(data.class_names, inside.per_class(matrix), strict=True))
     write_atomic(folder / "per_class.json", json.dumps(accuracies, indent=2) + "\n")
-    with devices.single_threaded():
+    with devices.torch_threads(1):
         _picture_inside(trained, predicted_N, pictures)
 
 

@@ -22,6 +22,16 @@ def test_team_works_side_by_side_each_with_its_share_of_the_threads(threads, siz
     assert torch.get_num_threads() == before
 
 
+def test_team_shares_more_parts_than_it_has_threads():
+    def work(part):
+        return part, threading.get_ident()
+
+    parts, threads = zip(*devices.Team(2).map(work, range(5)), strict=True)
+    assert parts == (0, 1, 2, 3, 4)
+    assert threads[0] == threads[2] == threads[4] == threading.get_ident()
+    assert threads[1] == threads[3] != threads[0]
+
+
 def test_what_a_part_raises_reaches_the_caller():
     def work(part):
         raise ValueError(f"part {part}")
