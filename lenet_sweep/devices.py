@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
@@ -108,28 +108,29 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 class Team:
-    """Threads that take parts of some work side by side, where each has its share of torch's threads.
+    """At most four threads that take parts of some work side by side, each with its share of torch's.
 
-    The parts' Python takes turns, so that more than a few threads would wait for that.
+    The parts' Python takes turns, so that more of them would wait for that.
     """
 
-    _MOST = 4
-
     def __init__(self, threads: int) -> None:
-        self.size = min(threads, self._MOST)
+        sizes = (4, 3) if threads > 4 else (threads,)
+        self.size = max(sizes, key=lambda size: threads // size * size)
         self._share = threads // self.size
         # One of the team is whoever calls `map`.
         self._others = ThreadPoolExecutor(max(1, self.size - 1), "part", _have_threads, (self._share,))
 
     def map(self, work: Callable[..., Result], *parts: Sequence[Any]) -> list[Result]:
-        """What `work` makes of each part, in their order."""
-        if self.size == 1:
-            return list(map(work, *parts))
+        """What `work` makes of each part, in their order. However it ends, no part is still worked on."""
         calls = dict(enumerate(zip(*parts, strict=True)))
-        others = {i: self._others.submit(work, *call) for i, call in calls.items() if i % self.size}
         with torch_threads(self._share):
-            mine = {i: work(*call) for i, call in calls.items() if i not in others}
-        return [mine[i] if i in mine else others[i].result() for i in calls]
+            others = {i: self._others.submit(work, *call) for i, call in calls.items() if i % self.size}
+            try:
+                mine = {i: work(*call) for i, call in calls.items() if i not in others}
+                return [mine[i] if i in mine else others[i].result() for i in calls]
+            finally:
+                running = [other for other in others.values() if not other.cancel()]
+                wait(running)
 
 
 def _have_threads(count: int) -> None:

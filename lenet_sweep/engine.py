@@ -28,7 +28,7 @@ from lenet_sweep.native import Native
 from lenet_sweep.randomness import generator
 
 CURVE_POINTS = 5  # points of the training curves in an epoch, as in the tutorial
-EVALUATION_BATCH = 1000  # examples in one forward pass without gradients; changes no result's meaning
+EVALUATION_BATCH = 1000  # examples that pass forward at a time; changes no result's meaning
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class Step(Protocol):
 class Autograd:
     """The step as torch does it, on any device.
 
-    On a CPU each of `threads` threads takes a part of the batch from its images to its gradients: they
-    wait for each other once in a step, where torch's own would in every operation. So no example may
-    have a part in another's loss, as it has where batches are normalised.
+    On a CPU a few threads take a part of the batch each, from its images to its gradients: they wait
+    for each other once in a step, where torch's own do in every operation. So no example may have a
+    part in another's loss, as it has where batches are normalised; and `threads` decides the last bits.
     """
 
     name = "torch"
@@ -112,7 +112,8 @@ class Autograd:
             return loss_and_right(loss, logits_NK, labels_N).to(total_dtype(labels_N.device))
 
         self.network.eval()
-        totals = reduce(torch.add, self._team.map(take, *zip(*batches(examples), strict=True)))
+        parts = batches(examples, EVALUATION_BATCH // self._team.size)
+        totals = reduce(torch.add, self._team.map(take, *zip(*parts, strict=True)))
         self.network.train()
         return totals
 
@@ -124,7 +125,8 @@ class Autograd:
             return forward(self.network, images_NCHW, self._amp).argmax(1)
 
         self.network.eval()
-        classes = torch.cat(self._team.map(take, examples.images_NCHW.split(EVALUATION_BATCH)))
+        parts = examples.images_NCHW.split(EVALUATION_BATCH // self._team.size)
+        classes = torch.cat(self._team.map(take, parts))
         self.network.train()
         return classes
 
@@ -233,10 +235,9 @@ def forward(network: nn.Module, images_NCHW: Tensor, amp: bool = False) -> Tenso
     return logits_NK.to(dtype)
 
 
-def batches(examples: Split) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(examples: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels for one forward pass without gradients after another."""
-    images, labels = examples.images_NCHW, examples.labels_N
-    return zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
+    return zip(examples.images_NCHW.split(size), examples.labels_N.split(size), strict=True)
 
 
 def loss_and_right(loss: Tensor, logits_NK: Tensor, labels_N: Tensor) -> Tensor:

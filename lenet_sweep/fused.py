@@ -259,7 +259,7 @@ class _Array:
 
         self.members[0].network.eval()
         totals_R2 = torch.zeros_like(self.totals_R2)
-        for batch in engine.batches(split):
+        for batch in engine.batches(split, engine.EVALUATION_BATCH):
             totals_R2 += vmap(assess, (0, None, None))(self.weights_RP, *batch)
         self.members[0].network.train()
         means: list[tuple[float, float]] = (totals_R2 / len(split)).tolist()  # host-device sync: one a pass

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -135,20 +136,21 @@ def _shifted(w_OCKK: Tensor, rows: int, columns: int) -> Tensor:
     """Kernels for `rows` x `columns` neighbouring places, in one of that many more rows and columns less one.
 
     Channel (o * rows + r) * columns + c of the result is channel o of the kernel, r down and c to the right.
+    A kernel that holds an infinite number becomes NaN as a whole.
     """
     side = w_OCKK.shape[-1]
-    where_LS = _where_it_goes(side, rows, columns, w_OCKK.dtype)
+    where_LS = torch.from_numpy(_where_it_goes(side, rows, columns)).to(w_OCKK.dtype)
     w_OPCS = (w_OCKK.flatten(2) @ where_LS).unflatten(2, (rows * columns, -1)).transpose(1, 2)
     return torch.unflatten(w_OPCS.flatten(0, 1), 2, (side + rows - 1, side + columns - 1))
 
 
-@functools.cache
-def _where_it_goes(side: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+@functools.cache  # of arrays: a tensor would remember the transform of `fused` that it was made under
+def _where_it_goes(side: int, rows: int, columns: int) -> "np.ndarray[tuple[int, int], np.dtype[np.float32]]":
     """A 1 wherever a number of a kernel comes to lie: all shifts are one product, each of one number."""
-    one_L1KK = torch.eye(side**2, dtype=dtype).view(-1, 1, side, side)
+    one_L1KK = np.eye(side**2, dtype=np.float32).reshape(-1, 1, side, side)
     places = [(row, column) for row in range(rows) for column in range(columns)]
-    shifted = [F.pad(one_L1KK, (c, columns - 1 - c, r, rows - 1 - r)) for r, c in places]
-    return torch.cat(shifted, 1).flatten(1)
+    margins = [((0, 0), (0, 0), (r, rows - 1 - r), (c, columns - 1 - c)) for r, c in places]
+    return np.concatenate([np.pad(one_L1KK, margin) for margin in margins], 1).reshape(side**2, -1)
 
 
 class _Convolution(torch.autograd.Function):

@@ -19,8 +19,8 @@ def optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of `config` over `parameters`."""
     parameters = list(parameters)
-    # On a CPU, the call of a kernel costs more than its work: there, one for all tensors. Where there is
-    # but one operation for each, not even that, as the kernel makes all threads meet at every tensor.
+    # On a CPU, the call of a kernel costs more than its work: there, one for all tensors, but where there
+    # is one operation for each anyway.
     on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
     is_plain = isinstance(config, SGDConfig) and not config.momentum and not config.weight_decay
     fused = True if on_cpu and not is_plain else None

@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch._C._profiler import _ExperimentalConfig
 
 from lenet_sweep import (
     checkpoint,
@@ -658,7 +659,8 @@ def _reason(error: BaseException) -> str:
 @contextlib.contextmanager
 def _profiler(folder: Path, device: torch.device) -> Iterator[None]:
     """Record with torch.profiler; leave a trace for https://ui.perfetto.dev and print the totals."""
-    with torch.profiler.profile(record_shapes=True) as profile:
+    all_threads = _ExperimentalConfig(profile_all_threads=True)
+    with torch.profiler.profile(record_shapes=True, experimental_config=all_threads) as profile:
         yield
     (folder / "profile").mkdir(exist_ok=True)
     profile.export_chrome_trace(str(folder / "profile" / "trace.json"))

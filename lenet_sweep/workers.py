@@ -7,6 +7,7 @@ whoever can speak to Dask's scheduler can run code.
 """
 
 import contextlib
+import heapq
 import logging
 import os
 import signal
@@ -33,7 +34,9 @@ Answers = Generator[tuple[int, T | RunFailed], None, None]  # each group's place
 
 _WORKER_BYTES = 2 << 30  # what a worker needs at most: torch, mlflow, and a run
 _CORE_FLOPS = 1e11  # of the native step, a second
-_PAYS_S = 30  # of training on all cores; starting workers takes 7 to 10 s
+_ALONE = 0.08  # share of a step that one thread does while the others wait
+_JOB_S = 0.25  # what a job takes beside its training, on one core
+_START_S = 10.0  # until workers have begun, with what is slow at first
 _TOPIC = "lenet_sweep"
 _PATIENCE_S = 30  # for runs to save their state after Ctrl-C
 _THREADS = "distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS"
@@ -50,9 +53,9 @@ _SETTINGS: dict[str, Any] = {
 def how_many(jobs: Sequence[Config], groups: Sequence[Group]) -> int:
     """How many worker processes these groups are worth; 1 stands for this process alone.
 
-    A GPU each where there are any; else a core each, if the sweep is long enough. torch's step gives
-    other bits with other threads, so unless `threads` says how many, runs that take it get all of
-    them, one after the other.
+    A GPU each where there are any; else as many as are done first: more of them leave fewer threads to
+    each, and cores idle when only long groups are left. torch's step gives other bits with other
+    threads, so unless `threads` says how many, runs that take it get all of them, one after the other.
     """
     asked = jobs[0].sweep.workers
     if isinstance(asked, int):
@@ -61,27 +64,35 @@ def how_many(jobs: Sequence[Config], groups: Sequence[Group]) -> int:
         return max(1, min(identity.gpus(), len(groups)))
     if any(job.threads == "auto" and not compiler.is_likely(job) for job in jobs):
         return 1
-    if _seconds(jobs, groups) / cores() < _PAYS_S:
-        return 1
-    each = max(job.threads if isinstance(job.threads, int) else 1 for job in jobs)
+    threads = max(job.threads if isinstance(job.threads, int) else 1 for job in jobs)
     memory = psutil.virtual_memory().available // _WORKER_BYTES
-    return max(1, min(cores() // each, len(groups), memory))
+    most = max(1, min(cores() // threads, len(groups), memory))
+    return min(range(1, most + 1), key=lambda count: _makespan(jobs, groups, count))
+
+
+def _makespan(jobs: Sequence[Config], groups: Sequence[Group], count: int) -> float:
+    """About how many seconds this many workers take, the longest group first (Graham 1969)."""
+    done_s = [0.0 if count == 1 else _START_S] * count
+    for seconds in sorted((_seconds(jobs, group, cores() // count) for group in groups), reverse=True):
+        heapq.heapreplace(done_s, done_s[0] + seconds)
+    return max(done_s)
+
+
+def _seconds(jobs: Sequence[Config], group: Group, threads: int) -> float:
+    """About how long a group takes where jobs that leave their number open have this many threads."""
+    seconds = 0.0
+    for place, epochs in group.costs.items():
+        job = jobs[place]
+        examples = epochs * (job.data.train_size or TRAIN_EXAMPLES[job.data.name])
+        training = examples * shapes.training_flops(job.model, IMAGE_SHAPE, CLASSES) / _CORE_FLOPS
+        side_by_side = (1 - _ALONE) / (job.threads if isinstance(job.threads, int) else threads)
+        seconds += _JOB_S + training * (_ALONE + side_by_side)
+    return seconds
 
 
 def cores() -> int:
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _seconds(jobs: Sequence[Config], groups: Sequence[Group]) -> float:
-    """About how long training takes on one core."""
-    flops = 0
-    for group in groups:
-        for place, epochs in group.costs.items():
-            job = jobs[place]
-            examples = job.data.train_size or TRAIN_EXAMPLES[job.data.name]
-            flops += epochs * examples * shapes.training_flops(job.model, IMAGE_SHAPE, CLASSES)
-    return flops / _CORE_FLOPS
 
 
 def in_turn(do: Callable[[S], T], groups: Sequence[S]) -> Answers[T]:

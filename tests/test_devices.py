@@ -1,14 +1,17 @@
 """Which device is taken is shown by test_engine and test_cli; here, how work is shared between threads."""
 
 import threading
+import time
 
 import pytest
 import torch
 
 from lenet_sweep import devices
 
+SHARES = [(1, 1, 1), (2, 2, 1), (3, 3, 1), (5, 4, 1), (6, 3, 2), (16, 4, 4)]
 
-@pytest.mark.parametrize(("threads", "size", "share"), [(1, 1, None), (2, 2, 1), (3, 3, 1), (9, 4, 2)])
+
+@pytest.mark.parametrize(("threads", "size", "share"), SHARES)
 def test_team_works_side_by_side_each_with_its_share_of_the_threads(threads, size, share):
     team, together = devices.Team(threads), threading.Barrier(size)
 
@@ -18,7 +21,7 @@ def test_team_works_side_by_side_each_with_its_share_of_the_threads(threads, siz
 
     before = torch.get_num_threads()
     results = team.map(work, range(size), range(0, 10 * size, 10))
-    assert results == [(11 * i, share or before) for i in range(size)]
+    assert results == [(11 * i, share) for i in range(size)]
     assert torch.get_num_threads() == before
 
 
@@ -32,10 +35,19 @@ def test_team_shares_more_parts_than_it_has_threads():
     assert threads[1] == threads[3] != threads[0]
 
 
-def test_what_a_part_raises_reaches_the_caller():
-    def work(part):
-        raise ValueError(f"part {part}")
+@pytest.mark.parametrize("bad", range(3))
+def test_what_a_part_raises_reaches_the_caller_when_no_part_is_worked_on_any_more(bad):
+    working = []
 
-    for threads in (1, 2):
-        with pytest.raises(ValueError, match="part 0"):
-            devices.Team(threads).map(work, range(2))
+    def work(part):
+        working.append(part)
+        if part == bad:
+            raise ValueError(f"part {part}")
+        time.sleep(0.1)
+        working.remove(part)
+
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError, match=f"part {bad}"):
+        devices.Team(2).map(work, range(8))
+    assert working == [bad]
+    assert torch.get_num_threads() == before

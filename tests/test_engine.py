@@ -108,8 +108,10 @@ def test_short_run_equals_prefix_of_long_run(setup, mini):
     assert [numbers(m) for m in long[:2]] == [numbers(m) for m in short]
 
 
-def test_same_seed_gives_the_same_bits_and_another_seed_other_ones(setup, mini):
-    runs = [train(setup, mini, "epochs=1", "lr=0.1", f"seed={seed}") for seed in (0, 0, 1)]
+@pytest.mark.parametrize("threads", [1, 3])
+def test_same_seed_gives_the_same_bits_and_another_seed_other_ones(setup, mini, threads):
+    seeds = (0, 0, 1)
+    runs = [train(setup, mini, "epochs=1", "lr=0.1", f"seed={seed}", threads=threads) for seed in seeds]
     first, again, other = ([numbers(m) for m in epochs] for epochs, _ in runs)
     assert first == again
     assert first != other
@@ -197,15 +199,22 @@ def test_test_loss_that_is_not_finite_ends_the_run(setup, mini, monkeypatch):
         train(setup, mini, "epochs=1", "lr=0.1")
 
 
-def test_evaluation_is_done_in_eval_mode_without_gradients_and_training_goes_on_in_train_mode(setup, mini):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_evaluation_is_done_in_eval_mode_without_gradients_and_training_goes_on_in_train_mode(
+    setup, mini, threads, monkeypatch
+):
+    monkeypatch.setattr(engine, "EVALUATION_BATCH", 500)  # all threads have something to do
     seen = []
     _, network, optimizer, schedule = setup("epochs=2")
     network.register_forward_hook(
         lambda module, inputs, output: seen.append((module.training, output.requires_grad, len(output)))
     )
-    list(engine.train(engine.Autograd(network), optimizer, schedule, mini, epochs=2, batch_size=350, seed=0))
-    epoch = [(True, True, 350), (True, True, 350), (False, False, 500), (False, False, 100)]
-    assert seen == epoch * 2
+    step = engine.Autograd(network, threads=threads)
+    list(engine.train(step, optimizer, schedule, mini, epochs=2, batch_size=350, seed=0))
+    step.predict(mini.val)
+    training = [(True, True, 350 // threads)] * threads * 2
+    testing = [(False, False, 500 // threads)] * threads
+    assert seen == [*training, *testing, (False, False, 100)] * 2 + [(False, False, 100)]
 
 
 def test_evaluation_does_not_depend_on_its_batch_size(setup, mini, monkeypatch):

@@ -221,7 +221,7 @@ def test_as_many_workers_as_asked_for_but_no_more_than_groups(make_config):
         (2, [], 1),  # a short sweep: starting workers would cost more than they save
         (40, [], 8),
         (40, ["threads=4"], 2),
-        (40, ["data=fashion_mnist_mini"], 1),
+        (20, ["data=fashion_mnist_mini"], 1),
         (40, ["backend=torch"], 1),  # other threads would give other bits
         (40, ["backend=torch", "threads=2"], 4),
     ],
@@ -231,6 +231,15 @@ def test_workers_are_as_many_as_pay_off(make_config, monkeypatch, seeds, overrid
     monkeypatch.setattr(workers, "_WORKER_BYTES", 1)
     jobs = [make_config(f"seed={seed}", *overrides) for seed in range(seeds)]
     assert workers.how_many(jobs, plan.groups(jobs)) == expected
+
+
+def test_no_worker_is_left_alone_with_a_long_group(make_config, monkeypatch):
+    # Two workers would do the third group with one core idle; in one process each has both cores.
+    monkeypatch.setattr(workers, "cores", lambda: 2)
+    monkeypatch.setattr(workers, "_WORKER_BYTES", 1)
+    jobs = [make_config(f"seed={seed}", "epochs=40") for seed in range(10)]
+    assert workers.how_many(jobs[:3], plan.groups(jobs[:3])) == 1
+    assert workers.how_many(jobs, plan.groups(jobs)) == 2
 
 
 def test_each_gpu_gets_a_worker(make_config, monkeypatch):
