@@ -35,7 +35,7 @@ def draw(ladder: Ladder, machine: dict[str, Any]) -> Figure:
     axes.invert_yaxis()
     axes.margins(y=0.02)
     axes.set_xlim(0, 1.15 * max(roof, *(max(rung.rates) for rung in rungs)))
-    axes.set_xlabel("examples/s, test pass and (for a sweep) everything else included")
+    axes.set_xlabel("examples/s, test pass and,\nfor a sweep, everything else included")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.set_title(where(machine), fontsize=10, loc="left")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
