@@ -266,7 +266,7 @@ def compare(arguments: list[str]) -> None:
     given = _compare_arguments(arguments)
     comparison.check_metric(given.metric)
     overrides = [word for word in given.words if "=" in word]
-    if strange := [word for word in overrides if not word.startswith("tracking")]:
+    if strange := [word for word in overrides if not configs.is_about_tracking(word)]:
         raise ConfigError(
             f"{strange[0]}: only tracking=... and tracking.uri=... can be set here; see --filter"
         )
@@ -367,7 +367,7 @@ def ui(arguments: list[str]) -> int:
     )
     parser.add_argument("--no-browser", action="store_true", help="only print the page's address")
     given = parser.parse_intermixed_args(arguments)
-    overrides = [word for word in given.words if word.startswith("tracking")]
+    overrides = [word for word in given.words if configs.is_about_tracking(word)]
     names = [word for word in given.words if word not in overrides]
     if len(names) > 1:
         raise ConfigError(f"{' '.join(names)}: the pages open on one sweep or run; name one")

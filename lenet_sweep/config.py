@@ -325,6 +325,11 @@ def known_keys(section: type = Config, prefix: str = "") -> Iterator[str]:
                 yield from known_keys(option, f"{prefix}{name}.")
 
 
+def is_about_tracking(override: str) -> bool:
+    """Whether a word of the command line chooses the tracking, or sets something of it."""
+    return override.lstrip("+").startswith("tracking")
+
+
 def suggestion(word: str, known: set[str]) -> str:
     """' Did you mean ...?' for the nearest of the `known` words; '' if none is near."""
     near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)

@@ -77,6 +77,7 @@ class Plan:
 
     command: str = ""
     configs: tuple[dict[str, Any], ...] = ()
+    hashes: tuple[str, ...] = ()  # of the configs
     finished_before: tuple[dict[str, Any], ...] = ()  # each with `config_hash` and `run_id`
 
 
@@ -87,6 +88,7 @@ def read_plan(folder: Path) -> Plan:
         return Plan(
             str(values.get("command", "")),
             tuple(dict(job["config"]) for job in values["jobs"]),
+            tuple(str(job.get("config_hash")) for job in values["jobs"]),
             tuple(dict(job) for job in values.get("finished_before", [])),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -94,7 +96,9 @@ def read_plan(folder: Path) -> Plan:
 
 
 def of_sweep(folder: Path) -> list[Record]:
-    """The runs of the sweep in `folder`: those it trained, and those that were finished before.
+    """The runs of the sweep in `folder`: those it trained, and those that were finished for it.
+
+    These were finished before it began, or by another sweep for which it waited.
 
     Raises:
         ConfigError: if the folder holds no sweep.
@@ -104,11 +108,17 @@ def of_sweep(folder: Path) -> list[Record]:
     if not numbers:
         raise ConfigError(f"{str(folder)!r}: holds no sweep (there is no sweep.json and no numbered run)")
     found = [of_folder(folder / str(n), plan.configs[n] if plan.configs else None) for n in numbers]
-    for job in plan.finished_before:
-        entry = ledger.look_up(str(job.get("config_hash")))
-        if entry and (entry.folder / "config.yaml").is_file():
-            found.append(of_folder(entry.folder))
-    return found
+    for place, config_hash in enumerate(plan.hashes):
+        if found[place].status == "LOST" and (elsewhere := _latest(config_hash)):
+            found[place] = elsewhere
+    before = (_latest(str(job.get("config_hash"))) for job in plan.finished_before)
+    return [*found, *filter(None, before)]
+
+
+def _latest(config_hash: str) -> Record | None:
+    """The latest run of a config, if its folder is there."""
+    entry = ledger.look_up(config_hash)
+    return of_folder(entry.folder) if entry and (entry.folder / "config.yaml").is_file() else None
 
 
 def of_folder(folder: Path, values: dict[str, Any] | None = None) -> Record:

@@ -49,7 +49,7 @@ from lenet_sweep import (
 )
 from lenet_sweep import config as configs
 from lenet_sweep import data as datasets
-from lenet_sweep.config import CLASSES, IMAGE_SHAPE, Config, NoTrackingConfig
+from lenet_sweep.config import CLASSES, IMAGE_SHAPE, Config, NoTrackingConfig, is_about_tracking
 from lenet_sweep.engine import EpochMetrics
 from lenet_sweep.errors import LenetSweepError, OutputError, RunFailed, TrackingError
 from lenet_sweep.journal import Line
@@ -79,7 +79,9 @@ class Order:
     def name(self) -> str:
         """The run's name among others: what was overridden and can change a number, what is swept first."""
         telling = [
-            o for o in self.overrides if not o.startswith(("tracking", "data.root", "sweep.", "hydra"))
+            override
+            for override in self.overrides
+            if not override.startswith(("data.root", "sweep.", "hydra")) and not is_about_tracking(override)
         ]
         swept = f" {self.job.label} " if self.job else ""
         return " ".join(sorted(telling, key=lambda o: f" {o} " not in swept))[:250]

@@ -37,7 +37,7 @@ from filelock import FileLock, Timeout
 
 from lenet_sweep import config as configs
 from lenet_sweep import ledger
-from lenet_sweep.config import MlflowConfig, NoTrackingConfig
+from lenet_sweep.config import MlflowConfig, NoTrackingConfig, is_about_tracking
 from lenet_sweep.errors import ConfigError, TrackingError
 from lenet_sweep.ledger import Result
 from lenet_sweep.paths import atomic_path, check_writable, write_atomic
@@ -352,7 +352,7 @@ def ui_command(name: str, overrides: Iterable[str]) -> str:
 
     `overrides` are the user's own: those that say where the store is are needed again.
     """
-    store = [override for override in overrides if override.startswith("tracking")]
+    store = [override for override in overrides if is_about_tracking(override)]
     return shlex.join(["python", "-m", "lenet_sweep", "ui", *filter(None, [name]), *store])
 
 

@@ -1,6 +1,7 @@
 """The numbers of a comparison equal SciPy's; what is grouped, named and left out is what should be."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lenet_sweep import comparison as comparisons
-from lenet_sweep import journal
+from lenet_sweep import config as configs
+from lenet_sweep import journal, ledger
 from lenet_sweep.comparison import compare, holm, summarize, varied, welch
 from lenet_sweep.errors import ConfigError
-from lenet_sweep.records import MORE_IS_BETTER, Record, read_history, without_repeats
+from lenet_sweep.records import MORE_IS_BETTER, Record, of_sweep, read_history, without_repeats
 
 ACC = "test/acc"
 values = st.lists(st.floats(0.01, 1), min_size=2, max_size=9).filter(lambda xs: np.std(xs) > 1e-6)
@@ -173,6 +175,24 @@ def test_val_accuracy_is_offered_where_the_choice_was_made_on_test_data():
 def test_epochs_to_an_accuracy_are_counted_for_each_run():
     (only,) = compare([record(0.1, 0, 0.3, 0.9, 0.5), record(0.1, 1, 0.2, 0.2)], ACC).groups
     assert comparisons.epochs_to(only, ACC, 0.5) == [2, None]
+
+
+def test_job_that_waited_for_another_sweeps_run_has_that_ones_result(tmp_path, make_config, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = make_config("lr=0.3")
+    elsewhere, sweep = tmp_path / "elsewhere", tmp_path / "sweep"
+    for folder in (elsewhere, sweep / "0"):
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(configs.dump(config))
+    jobs = [{"config": configs.to_dict(config), "config_hash": "abc"}]
+    (sweep / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    assert [run.status for run in of_sweep(sweep)] == ["LOST"]
+
+    with ledger.claim("abc", lambda: pytest.fail("nobody else has it")):
+        ledger.enter("abc", ledger.Entry(elsewhere, None, None))
+    ledger.write_result(elsewhere, ledger.Result("FINISHED", None, False, None, "abc", 1.0, {}))
+    (run,) = of_sweep(sweep)
+    assert (run.status, run.name, run.params["optimizer.lr"]) == ("FINISHED", "elsewhere", "0.3")
 
 
 def test_damaged_line_of_a_journal_is_left_out(tmp_path):

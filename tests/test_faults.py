@@ -146,12 +146,15 @@ def test_interrupted_run_ends_in_order_within_five_seconds_and_goes_on_in_the_sa
 
 @pytest.mark.slow
 def test_two_overlapping_sweeps_at_once_train_nothing_twice(start, tmp_path):
-    first = start(*MINI, "epochs=3", "seed=0,1,2", "-m")
-    second = start(*MINI, "epochs=3", "seed=2,1,0,3", "-m")
+    first = start(*MINI, "epochs=3", "lr=0.05", "optimizer=sgd,momentum", "seed=0,1", "-m")
+    second = start(*MINI, "epochs=3", "lr=0.05", "optimizer=sgd,momentum", "seed=2,1,0", "-m")
     assert [first.wait(120), second.wait(120)] == [0, 0]
-    assert query(tmp_path, "select count(*) from runs") == [(4,)]
-    assert len(finished(tmp_path)) == 4
-    assert second.output.read_text().count("FINISHED") == 4
+    assert query(tmp_path, "select count(*) from runs") == [(6,)]
+    assert len(finished(tmp_path)) == 6
+    assert second.output.read_text().count("FINISHED") == 6
+    for sweep in (first, second):  # in their rankings, too
+        assert "verdict" in sweep.output.read_text()
+        assert "unfinished" not in sweep.output.read_text()
 
 
 @pytest.mark.slow

@@ -182,9 +182,9 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path):
 
 
 def test_ui_command_says_again_where_the_store_is():
-    overrides = ("lr=0.1", "tracking.uri=sqlite:///my runs/mlflow.db", "tracking.experiment=x")
+    overrides = ("lr=0.1", "tracking.uri=sqlite:///my runs/mlflow.db", "++tracking.experiment=x")
     assert tracking.ui_command("abc", overrides) == (
-        "python -m lenet_sweep ui abc 'tracking.uri=sqlite:///my runs/mlflow.db' tracking.experiment=x"
+        "python -m lenet_sweep ui abc 'tracking.uri=sqlite:///my runs/mlflow.db' ++tracking.experiment=x"
     )
     assert tracking.ui_command("", ()) == "python -m lenet_sweep ui"
 

@@ -135,6 +135,7 @@ def _claim(folder: Path, planned: list[Planned], jobs: list[Planned], config: Di
                 "label": report.label(job.overrides, varied),
                 "colour": colours.get(job.overrides, ""),
                 "overrides": job.overrides,
+                "config_hash": job.config_hash,
                 "config": configs.to_dict(job.config),
             }
             for job in jobs
