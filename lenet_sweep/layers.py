@@ -6,11 +6,11 @@ an image are taken for further channels. Its pools, and the gradients of kernels
 fast with the channels innermost in memory; the gradients of images are not.
 
 Shape suffixes: N examples, C channels in, O channels out, K side of a kernel, H height, W width,
-P the four places of a pool's window in reading order, Q and R height and width of the pool's result.
+P the four places of a pool's window in reading order, Q and R height and width of the pool's result,
+L, M and S several of these in one.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -84,8 +84,11 @@ class MaxPool2d(nn.MaxPool2d):
         return maximum
 
     def of_windows(self, x_NOPQR: Tensor) -> Tensor:
-        """The same from `Conv2d.windows`."""
-        return _over_places(F.max_pool2d, x_NOPQR)
+        """The same from `Conv2d.windows`: all windows are channels of images with the places as rows."""
+        x_MP1L = x_NOPQR.flatten(3).flatten(0, 1).unsqueeze(2)
+        # The kernel goes by the strides: the permutation back gives them to the gradient.
+        pooled_ML11 = F.max_pool2d(x_MP1L.permute(0, 3, 1, 2), (x_NOPQR.shape[2], 1))
+        return pooled_ML11.permute(0, 2, 3, 1).reshape(*x_NOPQR.shape[:2], *x_NOPQR.shape[3:])
 
 
 def _are_one(layers: list[nn.Module], x_NCHW: Tensor) -> bool:
@@ -121,15 +124,6 @@ def _innermost(x_NCHW: Tensor) -> Tensor:
     if x_NCHW.device.type != "cpu":
         return x_NCHW
     return x_NCHW.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-
-
-def _over_places(pool: Callable[..., Tensor], x_NOPQR: Tensor) -> Tensor:
-    """Pool the windows' places, one below the other in an image whose channels are all the windows."""
-    places, *sides = x_NOPQR.shape[2:]
-    x_MPL = x_NOPQR.flatten(3).flatten(0, 1)
-    # The layout is told by the strides: the gradient has them too, for the permutation back.
-    pooled_ML11 = pool(x_MPL.unsqueeze(2).permute(0, 3, 1, 2), (places, 1))
-    return pooled_ML11.permute(0, 2, 3, 1).reshape(*x_NOPQR.shape[:2], *sides)
 
 
 def _shifted(w_OCKK: Tensor, rows: int, columns: int) -> Tensor:

@@ -231,6 +231,22 @@ def test_pool_has_channels_innermost_on_a_cpu_alone_and_so_has_its_gradient(pool
         assert pool(2)(x.to("cuda")).is_contiguous()
 
 
+def test_windows_are_pooled_with_channels_innermost_there_and_back(monkeypatch):
+    # Beside the windows in a row the sides are 4 and 1, so that the library goes by the strides alone.
+    strides, library = [], F.max_pool2d
+
+    def pool(x, size):
+        y = library(x, size)
+        y.register_hook(lambda gradient: strides.append(gradient.stride()))
+        strides.append(x.stride())
+        return y
+
+    monkeypatch.setattr(F, "max_pool2d", pool)
+    y = layers.MaxPool2d(2).of_windows(torch.randn(2, 3, 4, 5, 6, requires_grad=True))
+    y.backward(torch.ones(y.shape))
+    assert [s[1:] for s in strides] == [(1, 30, 30), (1, 30, 30)]
+
+
 def test_convolution_under_autocast_is_the_librarys_with_its_gradients_in_float32(draw):
     layer, x = layers.Conv2d(2, 3, 3), draw(2, 2, 8, 8).detach().float()
     with torch.autocast("cpu", torch.bfloat16):
