@@ -154,7 +154,7 @@ def summarize(values: Sequence[float]) -> Summary | None:
     n = len(values)
     if n == 0:
         return None
-    mean = statistics.fmean(values)
+    mean = statistics.mean(values)  # exact but for one rounding, as fmean is not: equal runs, equal means
     if n == 1:
         return Summary(1, mean, None, None, None)
     from scipy.special import stdtrit

@@ -46,6 +46,14 @@ def test_mean_deviation_and_interval_are_scipys(xs):
     assert (summary.low, summary.high) == pytest.approx((low, high))
 
 
+@pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3])
+def test_equal_numbers_are_never_told_apart_however_many_there_are(value):
+    # 0.1 + 0.1 + 0.1 is not 3 * 0.1: a mean that is rounded on the way would differ from another's.
+    summaries = [summarize([value] * n) for n in range(2, 12)]
+    assert {(summary.mean, summary.sd) for summary in summaries} == {(value, 0.0)}
+    assert {welch(a, b) for a in summaries for b in summaries} == {1.0}
+
+
 def test_single_value_has_neither_deviation_nor_interval():
     assert summarize([0.5]) == comparisons.Summary(1, 0.5, None, None, None)
     assert summarize([]) is None
