@@ -8,7 +8,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from benchmarks.ladder import Ladder, Rung, flops
-from lenet_sweep import charts
+from lenet_sweep.analysis import charts
 
 WIDTH = 8  # inches, at 100 points each in a page of 800
 

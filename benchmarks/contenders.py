@@ -21,11 +21,13 @@ from hydra import compose, initialize_config_dir
 
 from benchmarks import measurement, tutorial
 from benchmarks.measurement import Peak
-from lenet_sweep import devices, engine, fused, run
-from lenet_sweep.cli import to_config
-from lenet_sweep.config import TRAIN_EXAMPLES, Config
+from lenet_sweep.cli.compose import to_config
+from lenet_sweep.config.schema import TRAIN_EXAMPLES, Config
 from lenet_sweep.errors import RunFailed
 from lenet_sweep.paths import conf_dir
+from lenet_sweep.training import devices, engine, fused
+from lenet_sweep.training.metrics import EpochMetrics
+from lenet_sweep.training.state import prepare
 
 MODELS = {"sigmoid/avg": ("lenet", 0.9), "ReLU/max": ("lenet_relu_max", 0.1)}
 TUTORIAL = "tutorial's loop"
@@ -134,16 +136,8 @@ class Step:
 
     def epochs(self) -> Iterator[Sample]:
         config = _our_config(self, f"backend={self.backend}")
-        trained, _ = run.prepare(config)
-        for metrics in engine.train(
-            trained.step,
-            trained.optimizer,
-            trained.schedule,
-            trained.data,
-            epochs=ENDLESS,
-            batch_size=config.batch_size,
-            seed=config.seed,
-        ):
+        state = prepare(config)
+        for metrics in engine.train(state, epochs=ENDLESS, batch_size=config.batch_size, seed=config.seed):
             yield Sample(metrics.epoch_s, self.setting.examples, metrics.examples_per_s)
 
 
@@ -163,11 +157,9 @@ class Array:
         first = _our_config(self)
         data, members = None, []
         for seed in range(self.width):
-            trained, _ = run.prepare(replace(first, seed=seed), fused.step, data)
-            data = trained.data
-            members.append(
-                fused.Member(trained.network, trained.optimizer, trained.schedule, seed, epochs=ENDLESS)
-            )
+            state = prepare(replace(first, seed=seed), fused=True, data=data)
+            data = state.data
+            members.append(fused.Member(state.network, state.optimizer, state.schedule, seed, epochs=ENDLESS))
         assert data
         outcomes = fused.train(members, data, batch_size=first.batch_size)
         while epoch := list(itertools.islice(outcomes, self.width)):
@@ -176,7 +168,7 @@ class Array:
             yield Sample(metrics[0].epoch_s, self.width * self.setting.examples, rate)
 
 
-def _reached(outcome: engine.EpochMetrics | RunFailed) -> engine.EpochMetrics:
+def _reached(outcome: EpochMetrics | RunFailed) -> EpochMetrics:
     if isinstance(outcome, RunFailed):
         raise outcome
     return outcome

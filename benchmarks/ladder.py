@@ -41,8 +41,11 @@ from benchmarks.contenders import (
     missing,
 )
 from benchmarks.measurement import spread
-from lenet_sweep import devices, shapes, workers
-from lenet_sweep.config import CLASSES, IMAGE_SHAPE, TRAIN_EXAMPLES
+from lenet_sweep import shapes
+from lenet_sweep.config.schema import TRAIN_EXAMPLES
+from lenet_sweep.runs import hardware
+from lenet_sweep.shapes import CLASSES, IMAGE_SHAPE
+from lenet_sweep.training import devices
 
 
 @dataclass
@@ -122,7 +125,7 @@ def contenders(
 
 def launchers() -> list[tuple[str, ...]]:
     """The overrides that choose each launcher; those with workers get one for each run or core."""
-    count = max(2, min(len(Sweep.rates), workers.cores()))
+    count = max(2, min(len(Sweep.rates), hardware.cores()))
     chosen = [("sweep.workers=1",), (f"sweep.workers={count}",), ("hydra/launcher=basic",)]
     if not missing("hydra_plugins.hydra_joblib_launcher", "hydra/launcher=joblib"):
         chosen.append(("hydra/launcher=joblib", f"hydra.launcher.n_jobs={count}"))
@@ -206,7 +209,7 @@ def parse() -> argparse.Namespace:
     add("--device", default="auto")
     add("--threads", type=int, default=torch.get_num_threads(), help="of a loop")
     add("--data", choices=TRAIN_EXAMPLES, default="fashion_mnist")
-    add("--loader-workers", type=int, nargs="+", default=sorted({0, workers.cores()}), metavar="N",
+    add("--loader-workers", type=int, nargs="+", default=sorted({0, hardware.cores()}), metavar="N",
         help=loader_workers)  # fmt: skip
     add("--fused", type=int, nargs="*", metavar="N", help=widths)
     add("--sweep-epochs", type=int, default=5, help="of each of a sweep's four runs")

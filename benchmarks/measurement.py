@@ -21,8 +21,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from lenet_sweep import identity
 from lenet_sweep.paths import PACKAGE
+from lenet_sweep.storage.environment import describe_environment
 
 _LOOK_EVERY_S = 0.5  # a look costs some 10 ms for each process
 
@@ -165,7 +165,7 @@ def say(text: str) -> None:
 
 def machine(what: str, device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
     """Where this is measured: what every file of samples begins with."""
-    return identity.environment(device, threads or os.cpu_count() or 1, what)
+    return describe_environment(device, threads or os.cpu_count() or 1, what)
 
 
 def write(file: Path | None, machine: dict[str, Any], **samples: Any) -> None:

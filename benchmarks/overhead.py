@@ -25,20 +25,24 @@ from rich.table import Table
 
 from benchmarks import measurement
 from benchmarks.measurement import spread
-from hydra_plugins.lenet_sweep_plugin import _launch
-from lenet_sweep import checkpoint, cli, ledger, progress, run, tracking
+from lenet_sweep.cli import main as command_line
+from lenet_sweep.runs import outputs, progress, session
+from lenet_sweep.storage import checkpoint, run_index
+from lenet_sweep.sweeps import group
+from lenet_sweep.tracking.mlflow_run import MlflowRun
+from lenet_sweep.tracking.mlflow_store import MlflowStore
 
 # Functions and methods by part, each with where it is looked up when it is called.
 PARTS: dict[str, tuple[tuple[ModuleType | type, str], ...]] = {
-    "look for finished runs": ((tracking, "finished"), (ledger, "look_up")),
-    "data, network, step": ((run, "prepare"),),
-    "describe machine and commit": ((run, "_describe_surroundings"), (run, "_tags")),
-    "tracking: begin": ((tracking, "open_run"),),
-    "tracking: epochs": ((tracking._MlflowRun, "log"),),
-    "tracking: end": ((tracking._MlflowRun, "end"),),
+    "look for finished runs": ((MlflowStore, "finished"), (run_index, "look_up")),
+    "data, network, backend": ((session, "prepare"),),
+    "describe machine and commit": ((outputs, "describe_surroundings"), (outputs, "run_tags")),
+    "tracking: begin": ((MlflowStore, "open_run"),),
+    "tracking: epochs": ((MlflowRun, "log"),),
+    "tracking: end": ((MlflowRun, "end"),),
     "checkpoint": ((checkpoint, "save"),),
-    "weights and pictures": ((run, "_save"),),
-    "words": ((progress, "say"),),
+    "weights and plots": ((outputs, "save"),),
+    "printed lines": ((progress, "say"),),
 }
 
 
@@ -87,11 +91,11 @@ def measure(jobs: int, folder: Path) -> list[Counter[str]]:
     for part, calls in PARTS.items():
         for owner, name in calls:
             clock.time(owner, name, part)
-    clock.time_jobs(_launch, "_train_alone")
+    clock.time_jobs(group, "_train_alone")
     os.chdir(folder)
     sys.argv[1:] = ["data=fashion_mnist_mini", "epochs=1", f"seed=range({jobs})", "sweep.workers=1", "-m"]
     with contextlib.redirect_stdout(sys.stderr):
-        code = cli.main()
+        code = command_line.main()
     if code:
         raise SystemExit(f"the sweep ended with code {code}")
     (sweep,) = (folder / "outputs" / "sweeps").iterdir()

@@ -15,9 +15,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lenet_sweep import identity, plots, predict, tracking
-from lenet_sweep.config import MlflowConfig
+from lenet_sweep.config.schema import MlflowConfig
+from lenet_sweep.inspection import plots, predict
 from lenet_sweep.paths import conf_dir
+from lenet_sweep.storage.environment import describe_environment
+from lenet_sweep.tracking import mlflow_query
 
 DOCS = Path(__file__).parents[1] / "docs"
 ELSEWHERE = "activations_ood"  # its runs are looked into, not compared
@@ -79,13 +81,15 @@ def _elsewhere(folder: Path) -> list[str]:
     parts = []
     with contextlib.chdir(folder):
         store = MlflowConfig(name="mlflow", uri="sqlite:///mlruns/mlflow.db", experiment=ELSEWHERE)
-        runs = tracking.records(store, "params.seed = '0' and attributes.status = 'FINISHED'", ("test/acc",))
+        runs = mlflow_query.records(
+            store, "params.seed = '0' and attributes.status = 'FINISHED'", ("test/acc",)
+        )
         for run in runs:
             trained = predict.load(run.name, store)
-            found = predict.reactions(trained, Path(trained.config.data.root))
+            found = predict.activation_stats(trained, Path(trained.config.data.root))
             network = trained.config.model.name
             target = DOCS / "images" / f"{ELSEWHERE}_{network}.png"
-            plots.reactions(found, f"{network} trained on {trained.config.data.name}", target)
+            plots.activation_stats(found, f"{network} trained on {trained.config.data.name}", target)
             sure = [f"{float(kind.surest.mean()):.2f} of {kind.kind}" for kind in found]
             right = f"recognises {run.last('test/acc'):.2f} of the test pictures"
             parts += [
@@ -114,7 +118,7 @@ def main() -> None:
     os.environ.setdefault("LENET_SWEEP_DATA", str(Path("data").absolute()))
     for name in chosen.names or experiments():
         train(name, chosen.folder)
-    facts = identity.environment("cpu", os.cpu_count() or 1, "auto")
+    facts = describe_environment("cpu", os.cpu_count() or 1, "auto")
     machine = f"{facts['cpu']}, {facts['cpu_count']} cores, torch {facts['packages']['torch']}"
     done = [name for name in experiments() if (chosen.folder / f"{name}.done").exists()]
     sections = [section(name, chosen.folder) for name in done]

@@ -97,9 +97,9 @@ def _read(path: Path, header: int) -> "np.ndarray[tuple[int], np.dtype[np.uint8]
 
 def raw_folder(data: str = "fashion_mnist") -> Path:
     """Where the raw files of a dataset lie, fetched if need be."""
-    from lenet_sweep import sources
+    from lenet_sweep.datasets import download
 
-    return sources.ensure(data, Path(os.environ.get("LENET_SWEEP_DATA", "data")))
+    return download.ensure(data, Path(os.environ.get("LENET_SWEEP_DATA", "data")))
 
 
 def main() -> None:

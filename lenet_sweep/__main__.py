@@ -2,7 +2,7 @@
 
 import sys
 
-from lenet_sweep.cli import main
+from lenet_sweep.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,6 +4,14 @@ Every message says what was given, what is allowed and what to do next, in one o
 Anything else that is raised is a bug in lenet_sweep and shows its traceback.
 """
 
+import difflib
+
+
+def suggestion(word: str, known: set[str]) -> str:
+    """' Did you mean ...?' for the nearest of the `known` words; '' if none is near."""
+    near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
 
 class LenetSweepError(Exception):
     """Base of all errors that are shown as a message instead of a traceback."""

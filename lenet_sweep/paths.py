@@ -1,12 +1,19 @@
 """Where things lie: the shipped config, and writing a file so that nobody ever sees half of it."""
 
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lenet_sweep.errors import OutputError
+
+
+def default_data_root() -> str:
+    """Where datasets lie unless the config says otherwise (conf/data/fashion_mnist.yaml says the same)."""
+    return os.environ.get("LENET_SWEEP_DATA", "data")
+
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -56,3 +63,27 @@ def write_atomic(path: Path, text: str) -> None:
     """Write `text` (UTF-8) to `path`, all of it or nothing."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def cache_folder() -> Path:
+    """The cache folder; where there can be none, one for this process alone."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lenet_sweep"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        mine = status.st_uid == os.getuid()
+        if mine and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # a home that cannot be found is a RuntimeError
+        pass
+    return _private_folder()
+
+
+def _private_folder() -> Path:
+    global _private
+    if _private is None:
+        _private = tempfile.TemporaryDirectory(prefix="lenet_sweep-")
+    return Path(_private.name)
+
+
+_private: tempfile.TemporaryDirectory[str] | None = None

@@ -8,6 +8,10 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+# Every dataset here has this form; the linear layers' input size follows from it.
+IMAGE_SHAPE = (1, 28, 28)  # channels, height, width
+CLASSES = 10
+
 POOL = 2  # LeNet's pooling window and stride: every pool halves height and width
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
-from lenet_sweep.config import Config
+from lenet_sweep.config.schema import Config
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -80,7 +80,7 @@ def make_config(data_root: Path) -> MakeConfig:
     """Compose conf/ with overrides, as the command line would: make_config("lr=0.1", "model.pool=max")."""
     from hydra import compose, initialize_config_dir
 
-    from lenet_sweep.cli import to_config
+    from lenet_sweep.cli.compose import to_config
     from lenet_sweep.paths import conf_dir
 
     @functools.cache
@@ -105,12 +105,12 @@ def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data_root: Path
 ) -> Callable[..., Done]:
     """The command line in this process, which has torch and mlflow: the same code, ten times as fast."""
-    import lenet_sweep.cli
+    from lenet_sweep.cli.main import main
 
     def run(*arguments: str) -> Done:
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["lenet_sweep", *arguments])
-        code = lenet_sweep.cli.main()
+        code = main()
         return Done(code, *capsys.readouterr())
 
     return run

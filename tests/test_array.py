@@ -5,11 +5,14 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from lenet_sweep import fused, journal, ledger
-from lenet_sweep import run as runs
 from lenet_sweep.errors import RunFailed
-from lenet_sweep.plan import Job
-from lenet_sweep.run import Order
+from lenet_sweep.runs.array import run_array
+from lenet_sweep.runs.run import run
+from lenet_sweep.runs.spec import RunSpec
+from lenet_sweep.storage import metrics_file, run_index
+from lenet_sweep.storage.manifest import Job
+from lenet_sweep.storage.result import read_result
+from lenet_sweep.training import fused
 
 MINI = ("data=fashion_mnist_mini", "data.train_size=600", "tracking=none", "model=lenet", "epochs=3")
 
@@ -25,7 +28,7 @@ def orders(make_config, tmp_path):
 
     def make(*jobs, sweep="sweep"):
         return [
-            Order(
+            RunSpec(
                 make_config(*MINI, *job),
                 tmp_path / sweep / str(i),
                 job,
@@ -38,17 +41,17 @@ def orders(make_config, tmp_path):
 
 
 def numbers(folder):
-    lines = [journal.parse(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [metrics_file.parse(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.named().items() if not k.startswith("speed/")} for line in lines]
 
 
 def test_jobs_of_an_array_leave_what_each_leaves_alone(make_config, orders, tmp_path):
     together = orders(("lr=0.1",), ("lr=0.3", "seed=0", "epochs=2"), ("lr=0.2",))
-    results = runs.run_array(together)
+    results = run_array(together)
     assert [result.status for result in results] == ["FINISHED"] * 3
     for order, result in zip(together, results, strict=True):
         alone = tmp_path / "alone" / order.folder.name
-        runs.run(make_config(*MINI, *order.overrides, "backend=torch"), alone)
+        run(RunSpec(make_config(*MINI, *order.overrides, "backend=torch"), alone))
         assert {path.name for path in order.folder.iterdir()} == {path.name for path in alone.iterdir()}
         for mine, other in zip(numbers(order.folder), numbers(alone), strict=True):
             assert mine == pytest.approx(other, abs=2e-3)  # an example may be right or wrong by a hair
@@ -57,16 +60,16 @@ def test_jobs_of_an_array_leave_what_each_leaves_alone(make_config, orders, tmp_
         for name, tensor in load_file(order.folder / "model" / "weights.safetensors").items():
             assert (tensor - weights[name]).abs().max() < 1e-4
         assert json.loads((order.folder / "environment.json").read_text())["backend"] == "fused"
-        assert ledger.read_result(order.folder) == result
+        assert read_result(order.folder) == result
 
 
 def test_member_that_fails_leaves_the_others_be(orders):
     together = orders(("lr=0.1",), ("lr=1000", "optimizer.weight_decay=10"), ("lr=0.2",))
-    first, second, third = runs.run_array(together)
+    first, second, third = run_array(together)
     assert (first.status, third.status) == ("FINISHED", "FINISHED")
     assert isinstance(second, RunFailed)
     assert "loss became" in str(second)
-    assert ledger.read_result(together[1].folder).status == "FAILED"
+    assert read_result(together[1].folder).status == "FAILED"
     assert len(numbers(together[2].folder)) == 3
 
 
@@ -81,17 +84,17 @@ def test_interrupted_array_saves_every_member_and_goes_on_to_the_same_numbers(or
                 raise KeyboardInterrupt
 
     whole = orders(*(("data.val_size=0", *job, "sweep.rerun=true") for job in jobs), sweep="whole")
-    runs.run_array(whole)
-    for entry in ledger.LEDGER.glob("*.json"):
+    run_array(whole)
+    for entry in run_index.INDEX.glob("*.json"):
         entry.unlink()
     first, second = orders(*jobs, sweep="first"), orders(*jobs, sweep="second")
     with monkeypatch.context() as patch:
         patch.setattr(fused, "train", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            runs.run_array(first)
-    assert [ledger.read_result(order.folder).status for order in first] == ["KILLED"] * 2
+            run_array(first)
+    assert [read_result(order.folder).status for order in first] == ["KILLED"] * 2
     assert [len(numbers(order.folder)) for order in first] == [2, 1]
-    assert [result.status for result in runs.run_array(second)] == ["FINISHED"] * 2
+    assert [result.status for result in run_array(second)] == ["FINISHED"] * 2
     for order, other in zip(second, whole, strict=True):
         for mine, theirs in zip(numbers(order.folder), numbers(other.folder), strict=True):
             assert mine == pytest.approx(theirs, rel=1e-5)  # members out of step are rounded otherwise
@@ -104,7 +107,7 @@ def test_as_many_are_trained_at_once_as_there_is_room_for(orders, monkeypatch):
     monkeypatch.setattr(
         fused, "train", lambda members, *a, **k: widths.append(len(members)) or train(members, *a, **k)
     )
-    results = runs.run_array(orders(*((f"lr=0.{n}",) for n in range(1, 6))))
+    results = run_array(orders(*((f"lr=0.{n}",) for n in range(1, 6))))
     assert widths == [2, 2, 1]
     assert [result.status for result in results] == ["FINISHED"] * 5
 
@@ -115,15 +118,15 @@ def test_device_without_memory_fails_all_members_with_that_reason(orders, monkey
         yield
 
     monkeypatch.setattr(fused, "train", full)
-    results = runs.run_array(orders(("lr=0.1",), ("lr=0.2",)))
+    results = run_array(orders(("lr=0.1",), ("lr=0.2",)))
     assert [str(result) for result in results] == ["out of memory"] * 2
 
 
 def test_finished_member_is_not_trained_again(orders, monkeypatch):
     jobs = (("lr=0.1",), ("lr=0.2",))
-    before = runs.run_array(orders(*jobs))
+    before = run_array(orders(*jobs))
     monkeypatch.setattr(fused, "train", None)
-    assert runs.run_array(orders(*jobs, sweep="again")) == before
+    assert run_array(orders(*jobs, sweep="again")) == before
 
 
 def test_sweep_fuses_where_it_is_asked_to_and_shorter_runs_are_gone_on_with(command, tmp_path):
@@ -134,7 +137,7 @@ def test_sweep_fuses_where_it_is_asked_to_and_shorter_runs_are_gone_on_with(comm
         environment = json.loads((sweep / str(number) / "environment.json").read_text())
         assert environment["backend"] == "fused"
         assert (sweep / str(number) / ".hydra" / "config.yaml").exists()
-    assert done.stdout.count("going on after epoch 1 of") == 2
+    assert done.stdout.count("resuming after epoch 1 of") == 2
     done = command("reproduce", str(sweep / "0"))
     assert done.returncode == (0 if "identical" in done.stdout else 3)
     assert ("equal but for rounding" in done.stdout) == (done.returncode == 3)

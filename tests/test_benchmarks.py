@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from benchmarks import bars, ladder, measurement, overhead, scaling, tutorial
 from benchmarks.contenders import Array, Lightning, Loop, Sample, Setting, Step, Sweep, Tutorial
 from benchmarks.measurement import Cost, Peak
-from lenet_sweep import model, shapes
-from lenet_sweep.config import CLASSES, IMAGE_SHAPE
-from lenet_sweep.randomness import generator
+from lenet_sweep import shapes
+from lenet_sweep.shapes import CLASSES, IMAGE_SHAPE
+from lenet_sweep.training import model
+from lenet_sweep.training.randomness import generator
 
 
 def test_operations_of_a_lenet_step_are_those_counted_by_hand(make_config):

@@ -4,9 +4,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lenet_sweep import checkpoint, engine, identity, ledger, model, native, optim
-from lenet_sweep import run as runs
-from lenet_sweep.randomness import generator
+from lenet_sweep.errors import RunFailed
+from lenet_sweep.runs import outputs
+from lenet_sweep.runs.run import run
+from lenet_sweep.runs.spec import RunSpec
+from lenet_sweep.storage import checkpoint, fingerprint, run_index
+from lenet_sweep.storage.manifest import Job
+from lenet_sweep.storage.result import read_result
+from lenet_sweep.training import engine, model, native, optim
+from lenet_sweep.training.backend import TorchBackend
+from lenet_sweep.training.randomness import generator
 
 MINI = ("data=fashion_mnist_mini", "data.train_size=600", "epochs=4", "threads=1", "tracking=none", "lr=0.05")
 
@@ -21,7 +28,7 @@ def cut_short(monkeypatch):
     """Train a config, but raise `how` (Ctrl-C by default) when so many epochs have been kept."""
     train = engine.train
 
-    def run(config, folder, epochs, how=KeyboardInterrupt):
+    def train_until(config, folder, epochs, how=KeyboardInterrupt):
         def interrupted(*arguments, **options):
             for metrics in train(*arguments, **options):
                 yield metrics
@@ -30,18 +37,18 @@ def cut_short(monkeypatch):
 
         monkeypatch.setattr(engine, "train", interrupted)
         try:
-            runs.run(config, folder)
+            run(RunSpec(config, folder))
         finally:
             monkeypatch.setattr(engine, "train", train)
 
-    return run
+    return train_until
 
 
 def numbers(folder):
     """Every result of a run: all metrics but speed and time, and the weights' bits."""
-    from lenet_sweep import journal
+    from lenet_sweep.storage import metrics_file
 
-    lines = [journal.parse(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [metrics_file.parse(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kept = [{k: v for k, v in line.named().items() if not k.startswith("speed/")} for line in lines]
     curves = [line.metrics.curve for line in lines]
     weights = load_file(folder / "model" / "weights.safetensors")
@@ -55,17 +62,17 @@ def test_interrupted_run_goes_on_to_the_bits_of_an_uninterrupted_one(
 ):
     config = make_config(*MINI, f"optimizer={optimizer}", f"schedule={schedule}")
     whole = tmp_path / "whole"
-    runs.run(config, whole)
-    (ledger.LEDGER / f"{identity.config_hash(config)}.json").unlink()
+    run(RunSpec(config, whole))
+    (run_index.INDEX / f"{fingerprint.config_hash(config)}.json").unlink()
 
     with pytest.raises(KeyboardInterrupt):
         cut_short(config, tmp_path / "first", 2)
-    assert ledger.read_result(tmp_path / "first").status == "KILLED"
+    assert read_result(tmp_path / "first").status == "KILLED"
     trained = []
     with monkeypatch.context() as patch:
-        step = native.Native.gradients
-        patch.setattr(native.Native, "gradients", lambda *a: trained.append(1) or step(*a))
-        runs.run(config, tmp_path / "second")
+        step = native.NativeBackend.gradients
+        patch.setattr(native.NativeBackend, "gradients", lambda *a: trained.append(1) or step(*a))
+        run(RunSpec(config, tmp_path / "second"))
     assert len(trained) == 2 * 3  # the two epochs that were missing, of three steps each
     assert numbers(tmp_path / "second") == numbers(whole)
     assert not (tmp_path / "first" / "checkpoint.safetensors").exists()
@@ -80,25 +87,25 @@ def test_run_killed_after_its_last_epoch_only_has_to_end(make_config, tmp_path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "_save", killed)
+        patch.setattr(outputs, "save", killed)
         with pytest.raises(KeyboardInterrupt):
-            runs.run(config, tmp_path / "first")
-    monkeypatch.setattr(native.Native, "gradients", None)
-    assert runs.run(config, tmp_path / "second").status == "FINISHED"
+            run(RunSpec(config, tmp_path / "first"))
+    monkeypatch.setattr(native.NativeBackend, "gradients", None)
+    assert run(RunSpec(config, tmp_path / "second")).status == "FINISHED"
 
 
 def test_failed_run_keeps_its_last_good_checkpoint_and_starts_afresh_when_tried_again(
     make_config, tmp_path, monkeypatch, cut_short
 ):
     config = make_config(*MINI)
-    with pytest.raises(runs.RunFailed, match="RuntimeError: too hot"):
+    with pytest.raises(RunFailed, match="RuntimeError: too hot"):
         cut_short(config, tmp_path / "first", 3, RuntimeError("too hot"))
     assert (tmp_path / "first" / "checkpoint.safetensors").exists()
     assert len((tmp_path / "first" / "metrics.jsonl").read_text().splitlines()) == 3
     steps = []
-    step = native.Native.gradients
-    monkeypatch.setattr(native.Native, "gradients", lambda *a: steps.append(1) or step(*a))
-    assert runs.run(config, tmp_path / "second").status == "FINISHED"
+    step = native.NativeBackend.gradients
+    monkeypatch.setattr(native.NativeBackend, "gradients", lambda *a: steps.append(1) or step(*a))
+    assert run(RunSpec(config, tmp_path / "second")).status == "FINISHED"
     assert len(steps) == 4 * 3
 
 
@@ -106,9 +113,9 @@ def test_rerun_starts_an_interrupted_run_afresh(make_config, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         cut_short(make_config(*MINI), tmp_path / "first", 2)
     steps = []
-    step = native.Native.gradients
-    monkeypatch.setattr(native.Native, "gradients", lambda *a: steps.append(1) or step(*a))
-    runs.run(make_config(*MINI, "sweep.rerun=true"), tmp_path / "second")
+    step = native.NativeBackend.gradients
+    monkeypatch.setattr(native.NativeBackend, "gradients", lambda *a: steps.append(1) or step(*a))
+    run(RunSpec(make_config(*MINI, "sweep.rerun=true"), tmp_path / "second"))
     assert len(steps) == 4 * 3
 
 
@@ -180,17 +187,17 @@ def test_run_with_a_damaged_checkpoint_says_so_and_starts_from_its_first_epoch(
         cut_short(config, tmp_path / "first", 2)
     path = tmp_path / "first" / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
-    runs.run(config, tmp_path / "second")
+    run(RunSpec(config, tmp_path / "second"))
     assert "checkpoint.safetensors: cannot be read" in capsys.readouterr().out
     assert len((tmp_path / "second" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
 def steps_of(sweep_job, config, folder, monkeypatch):
     """How many gradient steps a job of a sweep takes; two epochs have six."""
-    steps, step = [], native.Native.gradients
+    steps, step = [], native.NativeBackend.gradients
     with monkeypatch.context() as patch:
-        patch.setattr(native.Native, "gradients", lambda *a: steps.append(1) or step(*a))
-        runs.run(config, folder, job=sweep_job)
+        patch.setattr(native.NativeBackend, "gradients", lambda *a: steps.append(1) or step(*a))
+        run(RunSpec(config, folder, job=sweep_job))
     return len(steps)
 
 
@@ -205,9 +212,9 @@ def test_runs_that_differ_in_epochs_cost_the_longest_and_are_what_they_are_alone
     for n, config in enumerate(configs):
         (tmp_path / f"{n}").mkdir()
         monkeypatch.chdir(tmp_path / f"{n}")
-        runs.run(config, tmp_path / f"{n}" / "alone")
+        run(RunSpec(config, tmp_path / f"{n}" / "alone"))
     monkeypatch.chdir(tmp_path)
-    job = runs.Job("sweep", 1, 3, "")
+    job = Job("sweep", 1, 3, "")
     native._checked.add(configs[0].model)
     steps = [steps_of(job, config, tmp_path / f"job{n}", monkeypatch) for n, config in enumerate(configs)]
     assert steps == ([3, 6, 12] if schedule == "cosine" else [3, 3, 6])
@@ -216,31 +223,31 @@ def test_runs_that_differ_in_epochs_cost_the_longest_and_are_what_they_are_alone
 
 
 def test_single_run_and_rerun_train_from_the_first_epoch(make_config, tmp_path, monkeypatch):
-    job = runs.Job("sweep", 1, 2, "")
-    runs.run(make_config(*MINI, "epochs=1"), tmp_path / "short", job=job)
+    job = Job("sweep", 1, 2, "")
+    run(RunSpec(make_config(*MINI, "epochs=1"), tmp_path / "short", job=job))
     assert steps_of(None, make_config(*MINI, "epochs=2"), tmp_path / "single", monkeypatch) == 6
     rerun = make_config(*MINI, "epochs=3", "sweep.rerun=true")
     assert steps_of(job, rerun, tmp_path / "rerun", monkeypatch) == 9
 
 
 def test_longer_run_never_goes_on_from_a_run_of_another_config(make_config, tmp_path, monkeypatch):
-    job = runs.Job("sweep", 1, 2, "")
-    runs.run(make_config(*MINI, "epochs=1", "seed=1"), tmp_path / "short", job=job)
+    job = Job("sweep", 1, 2, "")
+    run(RunSpec(make_config(*MINI, "epochs=1", "seed=1"), tmp_path / "short", job=job))
     assert steps_of(job, make_config(*MINI, "epochs=2"), tmp_path / "long", monkeypatch) == 6
 
 
 def test_state_of_the_native_step_is_not_gone_on_from_by_torchs(
     make_config, tmp_path, monkeypatch, cut_short
 ):
-    job = runs.Job("sweep", 1, 2, "")
-    runs.run(make_config(*MINI, "epochs=1"), tmp_path / "short", job=job)
+    job = Job("sweep", 1, 2, "")
+    run(RunSpec(make_config(*MINI, "epochs=1"), tmp_path / "short", job=job))
     with pytest.raises(KeyboardInterrupt):
         cut_short(make_config(*MINI, "epochs=3"), tmp_path / "interrupted", 2)
     monkeypatch.setenv("PATH", "")  # no compiler any more
     monkeypatch.delenv("CXX", raising=False)
-    steps, gradients = [], engine.Autograd.gradients
-    monkeypatch.setattr(engine.Autograd, "gradients", lambda *a: steps.append(1) or gradients(*a))
-    runs.run(make_config(*MINI, "epochs=2"), tmp_path / "long", job=job)
+    steps, gradients = [], TorchBackend.gradients
+    monkeypatch.setattr(TorchBackend, "gradients", lambda *a: steps.append(1) or gradients(*a))
+    run(RunSpec(make_config(*MINI, "epochs=2"), tmp_path / "long", job=job))
     assert len(steps) == 2 * 3
-    runs.run(make_config(*MINI, "epochs=3"), tmp_path / "resumed")
+    run(RunSpec(make_config(*MINI, "epochs=3"), tmp_path / "resumed"))
     assert len(steps) == 2 * 3 + 3 * 3

@@ -238,7 +238,7 @@ def test_debug_shows_the_traceback_before_the_message(cli, flag, env):
 def test_last_search_for_garbage_finds_nothing_to_search(tmp_path):
     code = (
         "import atexit, gc, sys; atexit.register(lambda: print(len(gc.get_objects()) < 1000));"
-        "sys.argv[1:] = ['sync']; from lenet_sweep.cli import main; main()"
+        "sys.argv[1:] = ['sync']; from lenet_sweep.cli.main import main; main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60

@@ -50,7 +50,7 @@ def compare(sweeps, monkeypatch, command):
     return functools.partial(command, "compare")
 
 
-def groups(path="t.json"):
+def settings(path="t.json"):
     return json.loads(Path(path).read_text())["groups"]
 
 
@@ -90,57 +90,57 @@ def test_report_of_a_sweep_has_the_numbers_computed_from_its_journals(original):
 def test_numbers_are_those_computed_from_the_journals(compare, sweeps, source):
     done = compare(*source, "--csv", "t.csv", "--json", "t.json")
     assert done.returncode == 0, done.stderr
-    found = groups()
+    found = settings()
     assert len(found) == 2
     for lr, runs in journals(sweeps / "outputs" / "sweeps" / "first").items():
-        (group,) = [g for g in found if g["lr"] == lr]
+        (setting,) = [g for g in found if g["lr"] == lr]
         final, best = runs[:, -1], runs.max(1)
-        assert group["n"] == 3
-        assert group["final_mean"] == pytest.approx(final.mean(), abs=1e-12)
-        assert group["final_sd"] == pytest.approx(final.std(ddof=1), abs=1e-12)
+        assert setting["n"] == 3
+        assert setting["final_mean"] == pytest.approx(final.mean(), abs=1e-12)
+        assert setting["final_sd"] == pytest.approx(final.std(ddof=1), abs=1e-12)
         low, high = stats.t.interval(0.95, 2, loc=final.mean(), scale=stats.sem(final))
-        assert (group["final_low"], group["final_high"]) == pytest.approx((low, high))
-        assert group["best_mean"] == pytest.approx(best.mean())
-        assert group["best_epoch_mean"] == pytest.approx((runs.argmax(1) + 1).mean())
+        assert (setting["final_low"], setting["final_high"]) == pytest.approx((low, high))
+        assert setting["best_mean"] == pytest.approx(best.mean())
+        assert setting["best_epoch_mean"] == pytest.approx((runs.argmax(1) + 1).mean())
         assert f"{final.mean():.3f} ± {final.std(ddof=1):.3f}" in done.stdout
     with open("t.csv", newline="") as file:
         again = list(csv.DictReader(file))
-    for row, group in zip(again, found, strict=True):
-        assert {key: str("" if value is None else value) for key, value in group.items()} == row
+    for row, setting in zip(again, found, strict=True):
+        assert {key: str("" if value is None else value) for key, value in setting.items()} == row
 
 
 def test_no_name_is_the_latest_sweep_and_has_the_runs_that_were_finished_before(compare):
     for where in ([], ["tracking=none"]):
         done = compare("--json", "t.json", *where)
         assert done.returncode == 0, done.stderr
-        assert {(g["lr"], g["optimizer.momentum"]) for g in groups()} == {
+        assert {(g["lr"], g["optimizer.momentum"]) for g in settings()} == {
             (lr, momentum) for lr in ("0.1", "0.2", "1000.0") for momentum in ("0.0", "0.9")
         }
         assert "the loss became" in done.stdout
-        assert [g["final_mean"] for g in groups() if "failed" in g["left_out"]] == [None, None]
+        assert [g["final_mean"] for g in settings() if "failed" in g["left_out"]] == [None, None]
         assert "nothing can be told from the best" in done.stdout
 
 
 def test_several_sweeps_are_compared_as_one_and_no_run_counts_twice(compare):
     compare("first", "second", "--json", "t.json")
-    assert sum(g["n"] for g in groups()) == 6 + 2
-    (group,) = [g for g in groups() if (g["lr"], g["optimizer.momentum"]) == ("0.1", "0.0")]
-    assert group["n"] == 3
+    assert sum(g["n"] for g in settings()) == 6 + 2
+    (setting,) = [g for g in settings() if (g["lr"], g["optimizer.momentum"]) == ("0.1", "0.0")]
+    assert setting["n"] == 3
 
 
 def test_single_runs_are_named_by_the_start_of_their_ids(compare, sweeps):
     results = [json.loads((sweeps / f"outputs/sweeps/first/{n}/result.json").read_text()) for n in (0, 3)]
     done = compare(*(result["run_id"][:8] for result in results), "--json", "t.json")
     assert done.returncode == 0, done.stderr
-    assert sorted(g["final_mean"] for g in groups()) == sorted(r["metrics"]["test/acc"] for r in results)
+    assert sorted(g["final_mean"] for g in settings()) == sorted(r["metrics"]["test/acc"] for r in results)
 
 
 def test_filter_is_mlflows_and_narrows_a_sweep_or_selects_of_all(compare):
     chosen = ("--filter", "params.lr = '0.1'", "--json", "t.json")
     compare("first", *chosen)
-    assert [g["n"] for g in groups()] == [3]
+    assert [g["n"] for g in settings()] == [3]
     compare(*chosen)
-    assert sorted(g["n"] for g in groups()) == [1, 3]  # with momentum and without
+    assert sorted(g["n"] for g in settings()) == [1, 3]  # with momentum and without
 
 
 def test_unfinished_and_collapsed_runs_are_not_averaged(compare, sweeps):
@@ -152,21 +152,21 @@ def test_unfinished_and_collapsed_runs_are_not_averaged(compare, sweeps):
         connection.execute("insert into tags (key, value, run_uuid) values ('collapsed', 'true', ?)", ids[1:])
     connection.close()
     compare("first", "--json", "t.json")
-    (group,) = [g for g in groups() if g["lr"] == "0.1"]
+    (setting,) = [g for g in settings() if g["lr"] == "0.1"]
     third = json.loads((sweeps / "outputs/sweeps/first/2/result.json").read_text())["metrics"]["test/acc"]
-    assert (group["n"], group["final_mean"]) == (1, third)
-    assert group["left_out"] == "1 collapsed; 1 unfinished"
+    assert (setting["n"], setting["final_mean"]) == (1, third)
+    assert setting["left_out"] == "1 collapsed; 1 unfinished"
 
 
 def test_by_groups_by_what_is_asked_and_says_what_it_averages_over(compare):
     done = compare("first", "--by", "seed", "--json", "t.json")
-    assert [set(g) & {"lr", "seed"} for g in groups()] == [{"seed"}] * 3
+    assert [set(g) & {"lr", "seed"} for g in settings()] == [{"seed"}] * 3
     assert "Averaged over lr." in done.stdout
 
 
 def test_less_is_better_for_a_loss(compare):
     compare("first", "--metric", "test/loss", "--json", "t.json")
-    means = [g["final_mean"] for g in groups()]
+    means = [g["final_mean"] for g in settings()]
     assert means == sorted(means)
 
 
@@ -180,10 +180,10 @@ def test_less_is_better_for_a_loss(compare):
         (["--filter", "params.lr = 0.1"], "MLflow does not understand the filter"),
         (["lr=0.1"], "lr=0.1: only tracking=... and tracking.uri=..."),
         (["nobody", "tracking=none"], "'nobody': there is no such folder"),
-        (["tracking=none", "--filter", "params.lr = '0.1'"], "needs a tracking store"),
+        (["tracking=none", "--filter", "params.lr = '0.1'"], "only MLflow can filter runs"),
         (["tracking.uri=sqlite:///other.db"], "there are no runs yet in sqlite:///other.db"),
         (["tracking.experiment=other"], "there is no sweep yet"),
-        (["--filter", "params.lr = '7'"], "there is no such run"),
+        (["--filter", "params.lr = '7'"], "no run satisfies params.lr"),
     ],
 )
 def test_mistake_is_told_in_two_lines_at_most(compare, arguments, message):
@@ -236,7 +236,7 @@ def test_server_gives_the_same_numbers_as_its_database(compare, server):
     compare("first", "--json", "t.json")
     done = compare("first", f"tracking.uri={server}", "--json", "remote.json")
     assert done.returncode == 0, done.stderr
-    assert groups("remote.json") == groups()
+    assert settings("remote.json") == settings()
 
 
 def test_markdown_has_the_answer_and_a_row_for_every_group_and_no_markup_of_others(compare, sweeps):
@@ -245,12 +245,12 @@ def test_markdown_has_the_answer_and_a_row_for_every_group_and_no_markup_of_othe
     text = Path("t.md").read_text()
     assert text.splitlines()[0].startswith("Best: ")
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
-    assert len(rows) == len(groups())
-    for row, group in zip(rows, groups(), strict=True):
-        assert row[0] == f"| {group['lr']}"
-        assert (row[3] or None) == (group["final_mean"] and f"{group['final_mean']:.3f}")
+    assert len(rows) == len(settings())
+    for row, setting in zip(rows, settings(), strict=True):
+        assert row[0] == f"| {setting['lr']}"
+        assert (row[3] or None) == (setting["final_mean"] and f"{setting['final_mean']:.3f}")
     best = {}
-    for group in groups():
-        if group["final_mean"] is not None:
-            best.setdefault(group["lr"], f"**{group['lr']}** {group['final_mean']:.3f}")
+    for setting in settings():
+        if setting["final_mean"] is not None:
+            best.setdefault(setting["lr"], f"**{setting['lr']}** {setting['final_mean']:.3f}")
     assert f"- lr: {', '.join(best.values())}" in text

@@ -10,12 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lenet_sweep import comparison as comparisons
-from lenet_sweep import config as configs
-from lenet_sweep import journal, ledger
-from lenet_sweep.comparison import compare, holm, summarize, varied, welch
+from lenet_sweep.analysis import comparison
+from lenet_sweep.analysis.comparison import compare, holm, summarize, varied, welch
+from lenet_sweep.config import parsing
 from lenet_sweep.errors import ConfigError
-from lenet_sweep.records import MORE_IS_BETTER, Record, of_sweep, read_history, without_repeats
+from lenet_sweep.storage import metrics_file, run_index
+from lenet_sweep.storage.metrics_file import EpochRecord
+from lenet_sweep.storage.records import MORE_IS_BETTER, Record, of_sweep, read_history, without_repeats
+from lenet_sweep.storage.result import Result, write_result
+from lenet_sweep.training.metrics import EpochMetrics
 
 ACC = "test/acc"
 values = st.lists(st.floats(0.01, 1), min_size=2, max_size=9).filter(lambda xs: np.std(xs) > 1e-6)
@@ -29,12 +32,12 @@ def record(lr, seed, *accuracies, metric=ACC, status="FINISHED", **fields):
 
 
 def group(comparison, *key):
-    (found,) = [g for g in comparison.groups if g.key == tuple(map(str, key))]
+    (found,) = [g for g in comparison.settings if g.key == tuple(map(str, key))]
     return found
 
 
 def test_metrics_are_those_of_the_journal():
-    assert list(MORE_IS_BETTER) == list(journal.NAMES.values())
+    assert list(MORE_IS_BETTER) == list(metrics_file.NAMES.values())
 
 
 @given(values)
@@ -55,7 +58,7 @@ def test_equal_numbers_are_never_told_apart_however_many_there_are(value):
 
 
 def test_single_value_has_neither_deviation_nor_interval():
-    assert summarize([0.5]) == comparisons.Summary(1, 0.5, None, None, None)
+    assert summarize([0.5]) == comparison.Summary(1, 0.5, None, None, None)
     assert summarize([]) is None
 
 
@@ -78,26 +81,26 @@ def test_best_is_named_with_those_that_cannot_be_told_from_it():
     runs += [record(0.9, s, 0.2, x) for s, x in enumerate((0.50, 0.52, 0.51))]
     found = compare(runs, ACC)
     assert found.by == ("lr",)
-    assert [(g.key, g.verdict) for g in found.groups] == [
+    assert [(g.key, g.verdict) for g in found.settings] == [
         (("0.1",), "best"),
         (("0.2",), "tied"),
         (("0.9",), "worse"),
     ]
     raw = [stats.ttest_ind((0.80, 0.82, 0.81), xs, equal_var=False).pvalue for xs in
            ((0.79, 0.83, 0.80), (0.50, 0.52, 0.51))]  # fmt: skip
-    assert [g.p for g in found.groups[1:]] == pytest.approx([raw[0], 2 * raw[1]])
+    assert [g.p for g in found.settings[1:]] == pytest.approx([raw[0], 2 * raw[1]])
 
 
 def test_less_loss_is_better_and_more_accuracy():
     for metric, best in (("test/loss", "0.2"), (ACC, "0.1")):
         runs = [record(0.1, 0, 0.9, metric=metric), record(0.2, 0, 0.3, metric=metric)]
-        assert compare(runs, metric).groups[0].key == (best,)
+        assert compare(runs, metric).settings[0].key == (best,)
 
 
 def test_one_run_each_tells_nothing_apart_and_says_so():
     found = compare([record(0.1, 0, 0.9), record(0.2, 0, 0.3)], ACC)
-    assert [g.verdict for g in found.groups] == ["best", "unknown"]
-    assert "nothing can be told" in "\n".join(comparisons.notes(found))
+    assert [g.verdict for g in found.settings] == ["best", "unknown"]
+    assert "nothing can be told" in "\n".join(comparison.notes(found))
 
 
 def test_collapsed_failed_and_unfinished_runs_are_counted_and_not_averaged():
@@ -120,12 +123,12 @@ def test_collapsed_failed_and_unfinished_runs_are_counted_and_not_averaged():
         "without this metric": 1,
     }
     assert group(found, 0.5).final is None
-    assert found.groups[-1].key == ("0.5",)
+    assert found.settings[-1].key == ("0.5",)
 
 
 def test_best_value_and_its_epoch_come_from_the_history():
     runs = [record(0.1, 0, 0.3, 0.9, 0.5), record(0.1, 1, 0.7, 0.2, 0.7)]
-    (only,) = compare(runs, ACC).groups
+    (only,) = compare(runs, ACC).settings
     assert (only.final.mean, only.best.mean) == pytest.approx((0.6, 0.8))
     assert only.best_epoch.mean == 1.5  # epochs 2 and 1: of equal values the first
 
@@ -168,21 +171,21 @@ def test_metric_that_no_run_measured_is_refused():
 
 
 def test_levels_are_sorted_as_numbers_where_they_are():
-    assert sorted(["10", "9", "b", "a", "1e-3"], key=comparisons.level) == ["1e-3", "9", "10", "a", "b"]
+    assert sorted(["10", "9", "b", "a", "1e-3"], key=comparison.level) == ["1e-3", "9", "10", "a", "b"]
 
 
 def test_val_accuracy_is_offered_where_the_choice_was_made_on_test_data():
     runs = [record(lr, 0, 0.5) for lr in (0.1, 0.2)]
-    assert "data.val_size=5000" in comparisons.notes(compare(runs, ACC))[-1]
+    assert "data.val_size=5000" in comparison.notes(compare(runs, ACC))[-1]
     for run in runs:
         run.history["val/acc"] = {1: 0.5}
-    assert "compare --metric val/acc" in comparisons.notes(compare(runs, ACC))[-1]
-    assert "test data" not in "".join(comparisons.notes(compare(runs, "val/acc")))
+    assert "compare --metric val/acc" in comparison.notes(compare(runs, ACC))[-1]
+    assert "test data" not in "".join(comparison.notes(compare(runs, "val/acc")))
 
 
 def test_epochs_to_an_accuracy_are_counted_for_each_run():
-    (only,) = compare([record(0.1, 0, 0.3, 0.9, 0.5), record(0.1, 1, 0.2, 0.2)], ACC).groups
-    assert comparisons.epochs_to(only, ACC, 0.5) == [2, None]
+    (only,) = compare([record(0.1, 0, 0.3, 0.9, 0.5), record(0.1, 1, 0.2, 0.2)], ACC).settings
+    assert comparison.epochs_to(only, ACC, 0.5) == [2, None]
 
 
 def test_job_that_waited_for_another_sweeps_run_has_that_ones_result(tmp_path, make_config, monkeypatch):
@@ -191,19 +194,22 @@ def test_job_that_waited_for_another_sweeps_run_has_that_ones_result(tmp_path, m
     elsewhere, sweep = tmp_path / "elsewhere", tmp_path / "sweep"
     for folder in (elsewhere, sweep / "0"):
         folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(configs.dump(config))
-    jobs = [{"config": configs.to_dict(config), "config_hash": "abc"}]
+        (folder / "config.yaml").write_text(parsing.dump(config))
+    jobs = [{"config": parsing.to_dict(config), "config_hash": "abc"}]
     (sweep / "sweep.json").write_text(json.dumps({"jobs": jobs}))
     assert [run.status for run in of_sweep(sweep)] == ["LOST"]
 
-    with ledger.claim("abc", lambda: pytest.fail("nobody else has it")):
-        ledger.enter("abc", ledger.Entry(elsewhere, None, None))
-    ledger.write_result(elsewhere, ledger.Result("FINISHED", None, False, None, "abc", 1.0, {}))
+    with run_index.claim("abc", lambda: pytest.fail("nobody else has it")):
+        run_index.add("abc", run_index.Entry(elsewhere, None, None))
+    write_result(elsewhere, Result("FINISHED", None, False, None, "abc", 1.0, {}))
     (run,) = of_sweep(sweep)
     assert (run.status, run.name, run.params["optimizer.lr"]) == ("FINISHED", "elsewhere", "0.3")
 
 
 def test_damaged_line_of_a_journal_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"epoch": 1, "test/acc": 0.5}\n[]\n{"epoch": "x"}\n{"epoch": 2, "test/a')
-    assert read_history(path) == {ACC: {1: 0.5}}
+    whole = EpochRecord(EpochMetrics(1, 2.0, 0.25, 1.0, 0.5, None, None, 10.0, 1.0, ()), 0).dump()
+    path.write_text(f'{whole}\n[]\n{{"epoch": "x"}}\n{whole[:-9]}')
+    history = read_history(path)
+    assert (history["train/loss"], history[ACC]) == ({1: 2.0}, {1: 0.5})
+    assert "val/acc" not in history

@@ -8,8 +8,7 @@ from hydra.types import HydraContext, RunMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydra_plugins.lenet_sweep_plugin._sweep import _Composer
-from lenet_sweep.cli import to_config
+from lenet_sweep.cli.compose import Composer, to_config
 from lenet_sweep.paths import conf_dir
 
 
@@ -27,7 +26,7 @@ def master(context):
 
 @pytest.fixture(scope="module")
 def composer(context, master):
-    return _Composer(context, master)
+    return Composer(context, master)
 
 
 def outcome(compose):
@@ -134,7 +133,7 @@ def test_jobs_that_choose_the_same_groups_cost_one_composition(context, master, 
     loader, calls = context.config_loader, []
     load = loader.load_sweep_config
     monkeypatch.setattr(loader, "load_sweep_config", lambda *given: calls.append(given) or load(*given))
-    composer = _Composer(context, master)
+    composer = Composer(context, master)
     jobs = composer.expand(
         ["model=lenet,lenet_relu_max", "model.pool=avg,max", "model.channels=[6,16],[8,16]", "~target_loss"]
     )

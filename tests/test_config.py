@@ -5,15 +5,15 @@ import dataclasses
 import datetime
 import re
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lenet_sweep import config as configs
-from lenet_sweep.config import Config, Length, Range
+from lenet_sweep.config import parsing
+from lenet_sweep.config.schema import Config, Length, Range
 from lenet_sweep.errors import ConfigError
 from lenet_sweep.paths import conf_dir
 
@@ -64,15 +64,15 @@ def test_every_optimizer_follows_the_learning_rate_at_the_top(make_config, name)
 def test_conf_holds_values_only():
     for path in conf_dir().rglob("*.yaml"):
         targets = re.findall(r"_target_: *(\S+)", path.read_text())
-        assert targets == (["lenet_sweep.cli.RefuseEarly"] if path.name == "config.yaml" else []), path
+        assert targets == (["lenet_sweep.cli.main.RefuseEarly"] if path.name == "config.yaml" else []), path
 
 
 # --- types and ranges of single fields
 
 
 def _leaves(section, prefix=""):
-    for name, hint in configs.get_type_hints(section, include_extras=True).items():
-        options = configs._options(hint)
+    for name, hint in get_type_hints(section, include_extras=True).items():
+        options = parsing._options(hint)
         if any(dataclasses.is_dataclass(option) for option in options):
             for option in options:
                 yield from _leaves(option, f"{prefix}{name}.")
@@ -100,7 +100,7 @@ LEAVES = dict(_leaves(Config))
 def test_value_of_no_fitting_type_is_refused_by_name(make_config, path, wrong):
     values = _replaced(make_config(*_presets_with(path)), path, wrong)
     with pytest.raises(ConfigError) as caught:
-        configs.parse(values)
+        parsing.parse(values)
     assert str(caught.value).startswith(f"{path}")
     assert "must be" in str(caught.value)
 
@@ -121,7 +121,7 @@ def test_value_just_outside_its_range_is_refused_with_the_range(make_config, pat
     for outside in (below, rule.high + 1):
         values = _replaced(make_config(*_presets_with(path)), path, type(outside)(outside))
         with pytest.raises(ConfigError, match=re.escape(path)) as caught:
-            configs.parse(values)
+            parsing.parse(values)
         assert str(rule) in str(caught.value)
 
 
@@ -129,23 +129,23 @@ def test_value_just_outside_its_range_is_refused_with_the_range(make_config, pat
 def test_missing_field_is_named(make_config, path):
     values = _replaced(make_config(*_presets_with(path)), path, None, remove=True)
     with pytest.raises(ConfigError, match=re.escape(path)):
-        configs.parse(values)
+        parsing.parse(values)
 
 
 @pytest.mark.parametrize("given", [True, "3", 3.0, None])
 def test_whole_number_is_neither_bool_text_nor_float(make_config, given):
     with pytest.raises(ConfigError, match="epochs="):
-        configs.parse(_replaced(make_config(), "epochs", given))
+        parsing.parse(_replaced(make_config(), "epochs", given))
 
 
 def test_whole_number_is_taken_where_a_float_is_asked(make_config):
-    lr = configs.parse(_replaced(make_config(), "lr", 1)).lr
+    lr = parsing.parse(_replaced(make_config(), "lr", 1)).lr
     assert (lr, type(lr)) == (1.0, float)
 
 
 def test_long_value_is_shown_shortened(make_config):
     with pytest.raises(ConfigError) as caught:
-        configs.parse(_replaced(make_config(), "lr", "x" * 10_000))
+        parsing.parse(_replaced(make_config(), "lr", "x" * 10_000))
     assert len(str(caught.value)) < 200
 
 
@@ -167,27 +167,27 @@ def test_long_value_is_shown_shortened(make_config):
 def test_values_that_cannot_work_together_are_refused(make_config, preset, path, value, told):
     values = _replaced(make_config(preset), path, value)
     if told is None:
-        assert configs.parse(values)
+        assert parsing.parse(values)
         return
     with pytest.raises(ConfigError, match=re.escape(told)):
-        configs.parse(values)
+        parsing.parse(values)
 
 
 # --- names
 
 
-@given(st.sampled_from(sorted(configs.known_keys())), st.data())
+@given(st.sampled_from(sorted(parsing.known_keys())), st.data())
 def test_key_with_one_letter_missing_is_led_back_to_a_known_key(key, data):
     section, _, name = key.rpartition(".")
     assume(len(name) > 3)
     cut = data.draw(st.integers(0, len(name) - 1))
     misspelt = f"{section}." * bool(section) + name[:cut] + name[cut + 1 :]
-    assume(misspelt not in set(configs.known_keys()))
-    assert f"Did you mean {key!r}?" in str(configs.unknown_key(misspelt))
+    assume(misspelt not in set(parsing.known_keys()))
+    assert f"Did you mean {key!r}?" in str(parsing.unknown_key(misspelt))
 
 
 def test_word_like_nothing_known_gets_no_suggestion():
-    assert "Did you mean" not in str(configs.unknown_key("zzzzzz"))
+    assert "Did you mean" not in str(parsing.unknown_key("zzzzzz"))
 
 
 # --- stored configs
@@ -219,14 +219,14 @@ def _field(options):
 @st.composite
 def any_config(draw, start):
     """A valid config: `start` with any of its fields changed to values they take together."""
-    values = configs.to_dict(start)
+    values = parsing.to_dict(start)
     for path, options in LEAVES.items():
         section, _, name = path.rpartition(".")
         holder = values[section] if section else values
         if name in holder and name != "name" and path not in ("device", "tracking.uri"):
             holder[name] = draw(st.just(holder[name]) | _field(options))
     with contextlib.suppress(ConfigError):
-        return configs.parse(values)
+        return parsing.parse(values)
     assume(False)
 
 
@@ -246,17 +246,17 @@ def test_dumped_config_loads_equal(make_config, tmp_path, overrides):
     @settings(max_examples=60)
     @given(any_config(start))
     def check(config):
-        path.write_text(configs.dump(config), encoding="utf-8")
-        assert configs.load(path) == config
-        assert configs.dump(configs.load(path)) == configs.dump(config)
+        path.write_text(parsing.dump(config), encoding="utf-8")
+        assert parsing.load(path) == config
+        assert parsing.dump(parsing.load(path)) == parsing.dump(config)
 
     check()
 
 
 def test_dumped_config_is_plain_yaml_without_tags(make_config):
-    text = configs.dump(make_config("optimizer=adam"))
+    text = parsing.dump(make_config("optimizer=adam"))
     assert "!" not in text
-    assert yaml.safe_load(text) == configs.to_dict(make_config("optimizer=adam"))
+    assert yaml.safe_load(text) == parsing.to_dict(make_config("optimizer=adam"))
 
 
 FRAGMENTS = st.sampled_from(
@@ -272,12 +272,12 @@ def test_whatever_a_file_holds_loading_it_raises_a_config_error(tmp_path_factory
     path = tmp_path_factory.getbasetemp() / "stored.yaml"
     path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
-        configs.load(path)
+        parsing.load(path)
     assert len(str(caught.value).splitlines()) <= 2
 
 
 def test_damaged_config_raises_nothing_but_config_errors(make_config, tmp_path):
-    whole = configs.dump(make_config())
+    whole = parsing.dump(make_config())
     path = tmp_path / "config.yaml"
 
     @settings(max_examples=200)
@@ -285,7 +285,7 @@ def test_damaged_config_raises_nothing_but_config_errors(make_config, tmp_path):
     def check(start, length, inserted):
         path.write_text(whole[:start] + inserted + whole[start + length :], encoding="utf-8")
         with contextlib.suppress(ConfigError):
-            assert isinstance(configs.load(path), Config)
+            assert isinstance(parsing.load(path), Config)
 
     check()
 
@@ -306,25 +306,25 @@ def test_file_that_is_no_config_is_refused_in_words(tmp_path, content, told):
     path = tmp_path / "config.yaml"
     path.write_text(content)
     with pytest.raises(ConfigError, match=re.escape(told)):
-        configs.load(path)
+        parsing.load(path)
 
 
 @pytest.mark.parametrize("path", ["none_such.yaml", "."])
 def test_file_that_cannot_be_read_is_named(tmp_path, path):
     with pytest.raises(ConfigError, match="cannot be read"):
-        configs.load(tmp_path / path)
+        parsing.load(tmp_path / path)
 
 
 def test_stored_config_names_nothing_that_is_run(make_config, tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text(f"x: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n" + configs.dump(make_config()))
+    path.write_text(f"x: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n" + parsing.dump(make_config()))
     with pytest.raises(ConfigError):
-        configs.load(path)
+        parsing.load(path)
     assert not Path(tmp_path, "made").exists()
 
 
 def test_flattened_config_has_every_leaf_by_its_dotted_name(make_config):
-    flat = dict(configs.flatten(configs.to_dict(make_config())))
+    flat = dict(parsing.flatten(parsing.to_dict(make_config())))
     assert flat["lr"] == 0.9
     assert flat["model.channels"] == [6, 16]
     assert set(flat) == {path for path in LEAVES if path in flat} >= {"tracking.uri", "optimizer.momentum"}
@@ -332,7 +332,7 @@ def test_flattened_config_has_every_leaf_by_its_dotted_name(make_config):
 
 def _replaced(config, path, value, remove=False):
     """`config` as nested dicts, with the value at `path` changed or taken out."""
-    values = configs.to_dict(config)
+    values = parsing.to_dict(config)
     holder = values
     *sections, name = path.split(".")
     for section in sections:
@@ -348,4 +348,4 @@ def _replaced(config, path, value, remove=False):
 def test_stored_config_with_an_alias_is_refused_at_once(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match="aliases are not allowed"):
-        configs.load(tmp_path / "config.yaml")
+        parsing.load(tmp_path / "config.yaml")

@@ -7,15 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lenet_sweep import data as datasets
 from lenet_sweep.errors import DataError
+from lenet_sweep.training.data import load_data, read_idx, scaled
 
 CPU = torch.device("cpu")
 
 
 def load(make_config, *overrides, seed=0):
     config = make_config("data=fashion_mnist_mini", *overrides)
-    return datasets.load(config.data, seed, CPU, say=lambda line: None)
+    return load_data(config.data, seed, CPU, say=lambda line: None)
 
 
 def test_mini_set_is_balanced_uint8_pictures(make_config):
@@ -45,8 +45,8 @@ def test_seed_chooses_what_is_held_out(make_config):
 
 def test_pixels_are_scaled_to_zero_one(make_config):
     pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(3, 1, 1, 1)
-    assert datasets.scaled(pixels).flatten().tolist() == pytest.approx([0, 0.2, 1])
-    assert datasets.scaled(pixels).dtype == torch.float32
+    assert scaled(pixels).flatten().tolist() == pytest.approx([0, 0.2, 1])
+    assert scaled(pixels).dtype == torch.float32
 
 
 def idx(shape, values):
@@ -56,7 +56,7 @@ def idx(shape, values):
 def test_idx_file_gives_back_what_was_written(tmp_path):
     path = tmp_path / "numbers"
     path.write_bytes(idx((2, 3), [1, 2, 3, 4, 5, 255]))
-    assert datasets.read_idx(path).tolist() == [[1, 2, 3], [4, 5, 255]]
+    assert read_idx(path).tolist() == [[1, 2, 3], [4, 5, 255]]
 
 
 @pytest.mark.parametrize(
@@ -76,12 +76,12 @@ def test_damaged_idx_file_is_named_with_what_is_wrong(tmp_path, content, complai
     path = tmp_path / "broken"
     path.write_bytes(content)
     with pytest.raises(DataError, match=f"broken: .*{complaint}"):
-        datasets.read_idx(path)
+        read_idx(path)
 
 
 def test_missing_idx_file_is_named(tmp_path):
     with pytest.raises(DataError, match="nowhere: cannot be read: No such file"):
-        datasets.read_idx(tmp_path / "nowhere")
+        read_idx(tmp_path / "nowhere")
 
 
 @settings(max_examples=300, deadline=None)
@@ -90,7 +90,7 @@ def test_no_content_of_an_idx_file_gives_anything_but_a_tensor_or_a_data_error(t
     path = tmp_path_factory.getbasetemp() / "fuzzed"
     path.write_bytes(content)
     try:
-        tensor = datasets.read_idx(path)
+        tensor = read_idx(path)
     except DataError:
         return
     assert tensor.dtype == torch.uint8

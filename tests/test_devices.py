@@ -6,14 +6,14 @@ import time
 import pytest
 import torch
 
-from lenet_sweep import devices
+from lenet_sweep.training.threads import ThreadTeam
 
 SHARES = [(1, 1, 1), (2, 2, 1), (3, 3, 1), (5, 4, 1), (6, 3, 2), (16, 4, 4)]
 
 
 @pytest.mark.parametrize(("threads", "size", "share"), SHARES)
 def test_team_works_side_by_side_each_with_its_share_of_the_threads(threads, size, share):
-    team, together = devices.Team(threads), threading.Barrier(size)
+    team, together = ThreadTeam(threads), threading.Barrier(size)
 
     def work(part, other):
         together.wait(timeout=10)  # would break if one came after the other
@@ -29,7 +29,7 @@ def test_team_shares_more_parts_than_it_has_threads():
     def work(part):
         return part, threading.get_ident()
 
-    parts, threads = zip(*devices.Team(2).map(work, range(5)), strict=True)
+    parts, threads = zip(*ThreadTeam(2).map(work, range(5)), strict=True)
     assert parts == (0, 1, 2, 3, 4)
     assert threads[0] == threads[2] == threads[4] == threading.get_ident()
     assert threads[1] == threads[3] != threads[0]
@@ -48,6 +48,6 @@ def test_what_a_part_raises_reaches_the_caller_when_no_part_is_worked_on_any_mor
 
     before = torch.get_num_threads()
     with pytest.raises(ValueError, match=f"part {bad}"):
-        devices.Team(2).map(work, range(8))
+        ThreadTeam(2).map(work, range(8))
     assert working == [bad]
     assert torch.get_num_threads() == before

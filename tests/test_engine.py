@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lenet_sweep import data as datasets
-from lenet_sweep import engine, model, optim
 from lenet_sweep.errors import RunFailed
-from lenet_sweep.randomness import generator
+from lenet_sweep.training import backend, engine, model, optim
+from lenet_sweep.training.backend import TorchBackend, forward
+from lenet_sweep.training.data import Split, load_data
+from lenet_sweep.training.metrics import CURVE_POINTS
+from lenet_sweep.training.randomness import generator
+from lenet_sweep.training.state import TrainingState
 
 CPU = torch.device("cpu")
 
@@ -19,7 +22,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def mini(make_config):
     config = make_config("data=fashion_mnist_mini", "data.train_size=700", "data.val_size=100")
-    return datasets.load(config.data, seed=0, device=CPU, say=lambda line: None)
+    return load_data(config.data, seed=0, device=CPU, say=lambda line: None)
 
 
 @pytest.fixture
@@ -37,10 +40,7 @@ def train(setup, data, *overrides, amp=False, dtype=torch.float32, threads=1, **
     """Train with these overrides; return all epochs' metrics and the network."""
     config, network, optimizer, schedule = setup(*overrides)
     epochs = engine.train(
-        engine.Autograd(network.to(dtype), amp, threads),
-        optimizer,
-        schedule,
-        data,
+        TrainingState(data, TorchBackend(network.to(dtype), amp, threads), optimizer, schedule),
         epochs=config.epochs,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -98,7 +98,7 @@ def test_training_equals_an_independent_loop_over_the_same_batches(setup, mini, 
 
 def test_validation_metrics_are_those_of_the_held_out_examples(setup, mini):
     (metrics,), network = train(setup, mini, "epochs=1", "lr=0.1")
-    assert (metrics.val_loss, metrics.val_acc) == engine.evaluate(engine.Autograd(network), mini.val)
+    assert (metrics.val_loss, metrics.val_acc) == engine.evaluate(TorchBackend(network), mini.val)
     assert metrics.val_acc != metrics.test_acc
 
 
@@ -137,7 +137,7 @@ def test_host_reads_the_device_five_times_an_epoch_and_once_an_evaluation(setup,
     for reader in ("item", "cpu", "numpy", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, reader, _refuse)
     train(setup, dataclasses.replace(mini, val=None), "epochs=2", "batch_size=70")
-    assert len(reads) == 2 * (engine.CURVE_POINTS + 1)
+    assert len(reads) == 2 * (CURVE_POINTS + 1)
 
 
 def _refuse(tensor, *_):
@@ -150,11 +150,11 @@ def test_gradient_step_never_waits_for_the_device(setup, optimizer):
     _, network, _, _ = setup(f"optimizer={optimizer}")
     network = network.to("meta")
     steps = optim.optimizer(setup(f"optimizer={optimizer}")[0].optimizer, network.parameters())
-    batch = datasets.Split(
+    batch = Split(
         torch.empty(8, 1, 28, 28, dtype=torch.uint8, device="meta"),
         torch.empty(8, dtype=torch.int64, device="meta"),
     )
-    totals = engine.Autograd(network).gradients(batch, torch.empty(4, dtype=torch.int64, device="meta"))
+    totals = TorchBackend(network).gradients(batch, torch.empty(4, dtype=torch.int64, device="meta"))
     steps.step()
     assert totals.device.type == "meta"
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -167,15 +167,15 @@ def test_forward_pass_stays_on_a_fake_gpu(setup):
     with FakeTensorMode(allow_non_fake_inputs=True):
         gpu = torch.device("cuda")
         on_gpu = nn.Sequential(*(layer for layer in network)).to(gpu)
-        split = datasets.Split(
+        split = Split(
             torch.empty(2500, 1, 28, 28, dtype=torch.uint8),
             torch.zeros(2500, dtype=torch.int64),
         ).to(gpu)
         batch = split.take(torch.randperm(2500).to(gpu)[:256])
-        logits_NK = engine.forward(on_gpu, batch.images_NCHW)
+        logits_NK = forward(on_gpu, batch.images_NCHW)
         assert logits_NK.device.type == "cuda"
         assert logits_NK.dtype == torch.float32
-        assert engine.Autograd(on_gpu).predict(split).device.type == "cuda"
+        assert TorchBackend(on_gpu).predict(split).device.type == "cuda"
 
 
 def test_fake_gpu_catches_a_tensor_left_on_the_cpu(setup):
@@ -183,7 +183,7 @@ def test_fake_gpu_catches_a_tensor_left_on_the_cpu(setup):
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.empty(4, 1, 28, 28, dtype=torch.uint8, device="cuda")
         with pytest.raises((RuntimeError, TypeError), match="device"):
-            engine.forward(nn.Linear(28, 10, device="cpu"), images)
+            forward(nn.Linear(28, 10, device="cpu"), images)
 
 
 def test_loss_that_is_not_finite_ends_the_run_with_epoch_and_step(setup, mini):
@@ -203,14 +203,14 @@ def test_test_loss_that_is_not_finite_ends_the_run(setup, mini, monkeypatch):
 def test_evaluation_is_done_in_eval_mode_without_gradients_and_training_goes_on_in_train_mode(
     setup, mini, threads, monkeypatch
 ):
-    monkeypatch.setattr(engine, "EVALUATION_BATCH", 500)  # all threads have something to do
+    monkeypatch.setattr(backend, "EVALUATION_BATCH", 500)  # all threads have something to do
     seen = []
     _, network, optimizer, schedule = setup("epochs=2")
     network.register_forward_hook(
         lambda module, inputs, output: seen.append((module.training, output.requires_grad, len(output)))
     )
-    step = engine.Autograd(network, threads=threads)
-    list(engine.train(step, optimizer, schedule, mini, epochs=2, batch_size=350, seed=0))
+    step = TorchBackend(network, threads=threads)
+    list(engine.train(TrainingState(mini, step, optimizer, schedule), epochs=2, batch_size=350, seed=0))
     step.predict(mini.val)
     training = [(True, True, 350 // threads)] * threads * 2
     testing = [(False, False, 500 // threads)] * threads
@@ -219,9 +219,9 @@ def test_evaluation_is_done_in_eval_mode_without_gradients_and_training_goes_on_
 
 def test_evaluation_does_not_depend_on_its_batch_size(setup, mini, monkeypatch):
     _, network, _, _ = setup()
-    whole = engine.evaluate(engine.Autograd(network), mini.test)
-    monkeypatch.setattr(engine, "EVALUATION_BATCH", 64)
-    parts = engine.evaluate(engine.Autograd(network), mini.test)
+    whole = engine.evaluate(TorchBackend(network), mini.test)
+    monkeypatch.setattr(backend, "EVALUATION_BATCH", 64)
+    parts = engine.evaluate(TorchBackend(network), mini.test)
     assert parts == pytest.approx(whole, abs=1e-6)
 
 
@@ -240,8 +240,7 @@ def test_gpu_learns_what_the_cpu_learns(setup, mini):
     network = network.to(gpu)
     steps = optim.optimizer(config.optimizer, network.parameters())
     schedule = optim.schedule(config.schedule, steps, 1)
-    (metrics,) = engine.train(
-        engine.Autograd(network), steps, schedule, on_gpu, epochs=1, batch_size=128, seed=0
-    )
+    state = TrainingState(on_gpu, TorchBackend(network), steps, schedule)
+    (metrics,) = engine.train(state, epochs=1, batch_size=128, seed=0)
     (expected,), _ = train(setup, mini, "epochs=1", "lr=0.1", "batch_size=128")
     assert metrics.train_loss == pytest.approx(expected.train_loss, abs=1e-4)

@@ -140,7 +140,7 @@ def test_interrupted_run_ends_in_order_within_five_seconds_and_goes_on_in_the_sa
     assert status == "KILLED"
     done = cli(*MINI, "epochs=200")
     assert done.returncode == 0, done.stderr
-    assert "going on after epoch" in done.stdout
+    assert "resuming after epoch" in done.stdout
     assert query(tmp_path, "select run_uuid, status from runs") == [(run_id, "FINISHED")]
 
 
@@ -301,21 +301,21 @@ def test_listener_that_goes_away_does_not_end_the_run(tmp_path, data_root):
 
 
 def test_runs_of_one_config_in_two_stores_are_both_remembered_until_they_are_sent(tmp_path, monkeypatch):
-    from lenet_sweep import ledger
+    from lenet_sweep.storage import run_index
 
     monkeypatch.chdir(tmp_path)
     for name in ("one", "two"):
-        ledger.mark_unsynced(tmp_path / name)
-    assert sorted(folder.name for folder in ledger.unsynced()) == ["one", "two"]
-    ledger.mark_synced(tmp_path / "one")
-    assert [folder.name for folder in ledger.unsynced()] == ["two"]
+        run_index.mark_unsynced(tmp_path / name)
+    assert sorted(folder.name for folder in run_index.unsynced()) == ["one", "two"]
+    run_index.mark_synced(tmp_path / "one")
+    assert [folder.name for folder in run_index.unsynced()] == ["two"]
 
 
 def test_clock_set_back_leaves_times_in_order(monkeypatch):
-    from lenet_sweep import engine, journal
-    from lenet_sweep import run as runs
+    from lenet_sweep.storage.metrics_file import EpochRecord
+    from lenet_sweep.training.metrics import EpochMetrics
 
-    metrics = engine.EpochMetrics(1, 1.0, 0.5, 1.0, 0.5, None, None, 1.0, 1.0, ())
+    metrics = EpochMetrics(1, 1.0, 0.5, 1.0, 0.5, None, None, 1.0, 1.0, ())
     monkeypatch.setattr(time, "time", lambda: 1_000.0)
-    assert runs._now_ms([journal.Line(metrics, 5_000_000)]) == 5_000_000
-    assert runs._now_ms([journal.Line(metrics, 500_000)]) == 1_000_000
+    assert EpochRecord.now(metrics, [EpochRecord(metrics, 5_000_000)]).time_ms == 5_000_000
+    assert EpochRecord.now(metrics, [EpochRecord(metrics, 500_000)]).time_ms == 1_000_000

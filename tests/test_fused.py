@@ -12,12 +12,15 @@ import psutil
 import pytest
 import torch
 
-from lenet_sweep import data as datasets
-from lenet_sweep import engine, fused, model, optim, plan
-from lenet_sweep.config import ConstantScheduleConfig, CosineScheduleConfig, StepScheduleConfig
-from lenet_sweep.data import Data, Split
+from lenet_sweep.config.schema import ConstantScheduleConfig, CosineScheduleConfig, StepScheduleConfig
 from lenet_sweep.errors import RunFailed
-from lenet_sweep.randomness import generator
+from lenet_sweep.sweeps import plan
+from lenet_sweep.training import backend, cuda_graph, engine, fused, model, optim
+from lenet_sweep.training.backend import TorchBackend
+from lenet_sweep.training.data import Data, Split, load_data
+from lenet_sweep.training.metrics import CURVE_POINTS, EpochMetrics
+from lenet_sweep.training.randomness import generator
+from lenet_sweep.training.state import TrainingState
 
 CPU = torch.device("cpu")
 BATCH = 16  # of 40 examples: two whole batches and a half one
@@ -42,7 +45,7 @@ RUNS = (  # lr relative to LRS, seed, epochs, schedule
 @pytest.fixture(scope="module")
 def mini(make_config):
     config = make_config("data=fashion_mnist_mini", "data.train_size=40", "data.val_size=10")
-    data = datasets.load(config.data, seed=0, device=CPU, say=lambda line: None)
+    data = load_data(config.data, seed=0, device=CPU, say=lambda line: None)
     return dataclasses.replace(data, test=data.test.take(torch.arange(30)))
 
 
@@ -79,10 +82,7 @@ def alone(member, data, amp=False, **options):
     """Train `member` by the engine; return its metrics."""
     return list(
         engine.train(
-            engine.Autograd(member.network, amp),
-            member.optimizer,
-            member.schedule,
-            data,
+            TrainingState(data, TorchBackend(member.network, amp), member.optimizer, member.schedule),
             epochs=member.epochs,
             seed=member.seed,
             first_epoch=member.first_epoch,
@@ -101,7 +101,7 @@ def together(members, data, **options):
 
 def assert_same(result, expected, tolerance):
     """All that an epoch's metrics say but how long it took, or all that an optimizer's state holds."""
-    if isinstance(expected, engine.EpochMetrics):
+    if isinstance(expected, EpochMetrics):
         skipped = {"examples_per_s": 0.0, "epoch_s": 0.0}
         result, expected = (dataclasses.asdict(m) | skipped for m in (result, expected))
     if isinstance(expected, dict):
@@ -311,7 +311,7 @@ def test_without_held_out_examples_there_are_no_val_metrics(member, mini):
 def test_evaluation_does_not_depend_on_its_batch_size(member, mini, monkeypatch):
     array = fused._Array([0, 1], [member(seed=i) for i in range(2)], mini, amp=False)
     whole = array.evaluate(mini.test)
-    monkeypatch.setattr(engine, "EVALUATION_BATCH", 17)
+    monkeypatch.setattr(backend, "EVALUATION_BATCH", 17)
     assert_same(array.evaluate(mini.test), whole, 1e-12)
 
 
@@ -335,7 +335,7 @@ def test_host_reads_the_device_five_times_an_epoch_and_once_an_evaluation(member
     for reader in ("item", "cpu", "numpy", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, reader, _refuse)
     together(members, dataclasses.replace(mini, val=None), batch_size=4)
-    assert len(reads) == engine.CURVE_POINTS + 1
+    assert len(reads) == CURVE_POINTS + 1
 
 
 def _refuse(tensor, *_):
@@ -408,7 +408,7 @@ def test_replayed_graphs_do_the_steps_that_were_asked_for(member, mini, monkeypa
     plain, graphed = (
         fused._Array([0, 1], [member(seed=i) for i in range(2)], mini, amp=False) for _ in range(2)
     )
-    step = fused._Graphs(gpu.recordable(graphed.step), CPU)
+    step = cuda_graph.GraphedStep(gpu.recordable(graphed.step), CPU)
     order_RN = torch.stack([torch.randperm(40, generator=generator(i, "order/1")) for i in range(2)])
     for array in (plain, graphed):
         array.begin_epoch()
@@ -419,7 +419,7 @@ def test_replayed_graphs_do_the_steps_that_were_asked_for(member, mini, monkeypa
     assert torch.equal(graphed.weights_RP, plain.weights_RP)
     assert torch.equal(graphed.totals_R2, plain.totals_R2)
     # Ten whole batches and five half ones, WARM_UP of each carried out before there is a graph.
-    assert gpu.replays == (0 if refuses else 15 - 2 * fused.WARM_UP)
+    assert gpu.replays == (0 if refuses else 15 - 2 * cuda_graph.WARM_UP)
     assert len(caplog.messages) == (1 if refuses else 0)
 
 
@@ -491,7 +491,7 @@ def test_on_a_gpu_the_step_can_be_captured(member, mini):
     for run in members:
         run.network.to(gpu)
     array = fused._Array([0, 1], members, data, amp=False)
-    step = fused._Graphs(array.step, gpu)
-    for _ in range(fused.WARM_UP + 1):
+    step = cuda_graph.GraphedStep(array.step, gpu)
+    for _ in range(cuda_graph.WARM_UP + 1):
         step(torch.arange(8, device=gpu))
     assert [shape for shape, _ in step._graphs.items()] == [(8,)]

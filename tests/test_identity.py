@@ -1,13 +1,16 @@
 """What enters a config's hash, and what does not."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from lenet_sweep import config as configs
-from lenet_sweep import identity
+from lenet_sweep.config import parsing
+from lenet_sweep.paths import PACKAGE
+from lenet_sweep.storage import environment, fingerprint
+from lenet_sweep.storage.environment import Git, git_state, uncommitted_diff
 
 WITHOUT_EFFECT = [
     "data.root=elsewhere",
@@ -42,20 +45,23 @@ WITH_EFFECT = [
 
 @pytest.mark.parametrize("override", WITHOUT_EFFECT)
 def test_field_that_cannot_change_a_number_leaves_the_hash(make_config, override):
-    assert identity.config_hash(make_config(override)) == identity.config_hash(make_config())
+    assert fingerprint.config_hash(make_config(override)) == fingerprint.config_hash(make_config())
 
 
 def test_every_field_that_can_change_a_number_changes_the_hash(make_config):
-    hashes = [identity.config_hash(make_config(*override)) for override in [(), *((o,) for o in WITH_EFFECT)]]
+    hashes = [
+        fingerprint.config_hash(make_config(*override)) for override in [(), *((o,) for o in WITH_EFFECT)]
+    ]
     assert len(set(hashes)) == len(WITH_EFFECT) + 1
 
 
 def test_hash_is_the_same_in_another_process_with_another_hash_seed(make_config):
     script = (
-        "import json, sys; from lenet_sweep import config, identity;"
-        "print(identity.config_hash(config.parse(json.load(sys.stdin))))"
+        "import json, sys; from lenet_sweep.config import parsing;"
+        "from lenet_sweep.storage import fingerprint;"
+        "print(fingerprint.config_hash(parsing.parse(json.load(sys.stdin))))"
     )
-    values = json.dumps(configs.to_dict(make_config()))
+    values = json.dumps(parsing.to_dict(make_config()))
     done = subprocess.run(
         [sys.executable, "-c", script],
         input=values,
@@ -64,36 +70,36 @@ def test_hash_is_the_same_in_another_process_with_another_hash_seed(make_config)
         check=True,
         env={"PYTHONHASHSEED": "123", "PATH": ""},
     )
-    assert done.stdout.strip() == identity.config_hash(make_config())
+    assert done.stdout.strip() == fingerprint.config_hash(make_config())
 
 
 def test_editing_the_training_loop_changes_the_hash_and_editing_the_report_does_not(
     make_config, monkeypatch, tmp_path
 ):
-    for source in (*identity.PACKAGE.glob("*.py"), *identity.PACKAGE.glob("*.cpp")):
-        (tmp_path / source.name).write_bytes(source.read_bytes())
-    monkeypatch.setattr(identity, "PACKAGE", tmp_path)
+    shutil.copytree(PACKAGE, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(fingerprint, "PACKAGE", tmp_path)
     versions = []
-    for edited in (None, "report.py", "engine.py"):
+    for edited in (None, "analysis/tables.py", "training/engine.py"):
         if edited:
             source = tmp_path / edited
             source.write_text(source.read_text() + "# edited\n")
-        identity.code_version.cache_clear()
-        versions.append(identity.config_hash(make_config()))
+        fingerprint.code_version.cache_clear()
+        versions.append(fingerprint.config_hash(make_config()))
     monkeypatch.undo()
-    identity.code_version.cache_clear()
+    fingerprint.code_version.cache_clear()
     assert versions[0] == versions[1] != versions[2]
 
 
 def test_line_ends_of_a_checkout_do_not_change_the_hash(monkeypatch, tmp_path):
-    for source in (*identity.PACKAGE.glob("*.py"), *identity.PACKAGE.glob("*.cpp")):
-        (tmp_path / source.name).write_bytes(source.read_bytes().replace(b"\n", b"\r\n"))
-    expected = identity.code_version()
-    monkeypatch.setattr(identity, "PACKAGE", tmp_path)
-    identity.code_version.cache_clear()
-    found = identity.code_version()
+    shutil.copytree(PACKAGE, tmp_path, dirs_exist_ok=True)
+    for source in [*tmp_path.rglob("*.py"), *tmp_path.rglob("*.cpp")]:
+        source.write_bytes(source.read_bytes().replace(b"\n", b"\r\n"))
+    expected = fingerprint.code_version()
+    monkeypatch.setattr(fingerprint, "PACKAGE", tmp_path)
+    fingerprint.code_version.cache_clear()
+    found = fingerprint.code_version()
     monkeypatch.undo()
-    identity.code_version.cache_clear()
+    fingerprint.code_version.cache_clear()
     assert found == expected
 
 
@@ -107,36 +113,36 @@ def checkout(tmp_path, monkeypatch):
         ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"],
     ):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    monkeypatch.setattr(identity, "PACKAGE", tmp_path)
-    for cached in (identity.git, identity.uncommitted_diff):
+    monkeypatch.setattr(environment, "PACKAGE", tmp_path)
+    for cached in (git_state, uncommitted_diff):
         cached.cache_clear()
     yield tmp_path
-    for cached in (identity.git, identity.uncommitted_diff):
+    for cached in (git_state, uncommitted_diff):
         cached.cache_clear()
 
 
 def test_clean_checkout_has_a_commit_and_no_diff(checkout):
-    assert len(identity.git().commit) == 40
-    assert not identity.git().dirty
-    assert identity.uncommitted_diff() is None
+    assert len(git_state().commit) == 40
+    assert not git_state().dirty
+    assert uncommitted_diff() is None
 
 
 def test_uncommitted_change_is_kept_as_a_diff_whatever_its_bytes(checkout):
     (checkout / "__init__.py").write_bytes(b"second \xe9\n")
-    assert identity.git().dirty
-    assert "-first\n+second " in identity.uncommitted_diff()
+    assert git_state().dirty
+    assert "-first\n+second " in uncommitted_diff()
 
 
 def test_huge_diff_is_cut_with_a_note(checkout):
     (checkout / "__init__.py").write_text("x" * 300_000)
-    kept = identity.uncommitted_diff()
+    kept = uncommitted_diff()
     assert len(kept) < 263_000
     assert "[cut here: the whole diff has 300" in kept
 
 
 def test_folder_that_is_no_checkout_has_no_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(identity, "PACKAGE", tmp_path)
-    identity.git.cache_clear()
-    found = identity.git()
-    identity.git.cache_clear()
-    assert found == identity.Git(None, False)
+    monkeypatch.setattr(environment, "PACKAGE", tmp_path)
+    git_state.cache_clear()
+    found = git_state()
+    git_state.cache_clear()
+    assert found == Git(None, False)

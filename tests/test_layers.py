@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
 
-from lenet_sweep import layers
+from lenet_sweep.training import layers
 
 POOLS = [(layers.AvgPool2d, F.avg_pool2d), (layers.MaxPool2d, F.max_pool2d)]
 SIDES = [(6, 4), (7, 8), (6, 5), (9, 3)]

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from lenet_sweep import config as configs
-from lenet_sweep import model
-from lenet_sweep.randomness import generator
+from lenet_sweep.config import schema
+from lenet_sweep.training import model
+from lenet_sweep.training.randomness import generator
 
-LENET = configs.ModelConfig(
+LENET = schema.ModelConfig(
     name="lenet",
     activation="sigmoid",
     pool="avg",

@@ -10,12 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lenet_sweep import compiler, engine, model, native, optim
-from lenet_sweep import data as datasets
-from lenet_sweep.compiler import Unavailable
 from lenet_sweep.errors import DeviceError
-from lenet_sweep.native import Native
-from lenet_sweep.randomness import generator
+from lenet_sweep.paths import cache_folder
+from lenet_sweep.training import compiler, engine, model, native, optim
+from lenet_sweep.training.backend import TorchBackend, choose_backend
+from lenet_sweep.training.compiler import Unavailable
+from lenet_sweep.training.data import Split, load_data
+from lenet_sweep.training.native import NativeBackend
+from lenet_sweep.training.randomness import generator
+from lenet_sweep.training.state import TrainingState
 
 CPU = torch.device("cpu")
 NETWORKS = [
@@ -36,14 +39,14 @@ NETWORKS = [
 @pytest.fixture(scope="module")
 def mini(make_config):
     config = make_config("data=fashion_mnist_mini")
-    return datasets.load(config.data, seed=0, device=CPU, say=lambda line: None)
+    return load_data(config.data, seed=0, device=CPU, say=lambda line: None)
 
 
 @pytest.fixture
 def make_native(make_config):
     def make(*overrides, threads=2):
         config = make_config("data=fashion_mnist_mini", *overrides)
-        return Native(model.build(config.model, generator(config.seed, "init")), config.model, threads)
+        return NativeBackend(model.build(config.model, generator(config.seed, "init")), config.model, threads)
 
     return make
 
@@ -53,7 +56,7 @@ def noise():
     """Without the blank areas of real images, where all sums of a pool are equal and rounding picks one."""
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(256, (300, 1, 28, 28), dtype=torch.uint8, generator=draw)
-    return datasets.Split(images, torch.randint(10, (300,), generator=draw))
+    return Split(images, torch.randint(10, (300,), generator=draw))
 
 
 @pytest.fixture
@@ -106,7 +109,7 @@ def test_number_of_threads_changes_no_bit_of_the_trained_weights(make_config, mi
     trained = []
     for threads in (1, 2, 3, 8):
         network = model.build(config.model, generator(0, "init"))
-        step = Native(network, config.model, threads)
+        step = NativeBackend(network, config.model, threads)
         steps = optim.optimizer(config.optimizer, network.parameters())
         set_threads(threads)
         for indices in torch.arange(500).split(100):
@@ -122,16 +125,13 @@ def test_torch_has_one_thread_beside_those_of_a_step_and_all_of_them_again_after
     set_threads(2)
     config = make_config("data=fashion_mnist_mini")
     seen = {}
-    for make in (engine.Autograd, lambda network: Native(network, config.model, 2)):
+    for make in (TorchBackend, lambda network: NativeBackend(network, config.model, 2)):
         step = make(model.build(config.model, generator(0, "init")))
         optimizer = optim.optimizer(config.optimizer, step.network.parameters())
         schedule = optim.schedule(config.schedule, optimizer, 1)
         threads = seen[step.name] = []
         for _ in engine.train(
-            step,
-            optimizer,
-            schedule,
-            mini,
+            TrainingState(mini, step, optimizer, schedule),
             epochs=1,
             batch_size=400,
             seed=0,
@@ -144,18 +144,19 @@ def test_torch_has_one_thread_beside_those_of_a_step_and_all_of_them_again_after
 def test_training_follows_autograd(make_config, mini):
     config = make_config("data=fashion_mnist_mini", "epochs=2", "lr=0.5", "optimizer=momentum")
     curves = []
-    for make in (engine.Autograd, lambda network: Native(network, config.model, 2)):
+    for make in (TorchBackend, lambda network: NativeBackend(network, config.model, 2)):
         network = model.build(config.model, generator(0, "init"))
         optimizer = optim.optimizer(config.optimizer, network.parameters())
         schedule = optim.schedule(config.schedule, optimizer, 2)
-        epochs = engine.train(make(network), optimizer, schedule, mini, epochs=2, batch_size=128, seed=0)
+        state = TrainingState(mini, make(network), optimizer, schedule)
+        epochs = engine.train(state, epochs=2, batch_size=128, seed=0)
         curves.append([point.train_loss for metrics in epochs for point in metrics.curve])
     assert curves[1] == pytest.approx(curves[0], abs=1e-4)
 
 
 def test_evaluation_and_prediction_are_those_of_autograd(make_native, mini):
     step = make_native("model=lenet_relu_max")
-    oracle = engine.Autograd(step.network)
+    oracle = TorchBackend(step.network)
     assert engine.evaluate(step, mini.test) == pytest.approx(engine.evaluate(oracle, mini.test), abs=1e-5)
     assert torch.equal(step.predict(mini.test), oracle.predict(mini.test))
 
@@ -212,34 +213,34 @@ def test_too_large_a_network_is_left_to_torch(make_native, monkeypatch):
 def test_auto_takes_the_native_step_and_falls_back_with_a_reason(make_config, monkeypatch):
     config = make_config("data=fashion_mnist_mini")
     network = model.build(config.model, generator(0, "init"))
-    step, why = engine.choose_step(config, network, CPU)
+    step, why = choose_backend(network, CPU, config.model, "auto", amp=False)
     assert (step.name, why) == ("native", None)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    step, why = engine.choose_step(config, network, CPU)
+    step, why = choose_backend(network, CPU, config.model, "auto", amp=False)
     assert step.name == "torch"
     assert "there is no C++ compiler" in why
     with pytest.raises(DeviceError, match="backend=native: there is no C"):
-        engine.choose_step(make_config("data=fashion_mnist_mini", "backend=native"), network, CPU)
+        choose_backend(network, CPU, config.model, "native", amp=False)
 
 
 def test_amp_and_other_devices_take_torchs_step_without_a_word(make_config):
-    config = make_config("data=fashion_mnist_mini", "precision.amp=true")
-    step, why = engine.choose_step(config, model.build(config.model, generator(0, "init")), CPU)
+    config = make_config("data=fashion_mnist_mini").model
+    step, why = choose_backend(model.build(config, generator(0, "init")), CPU, config, "auto", amp=True)
     assert (step.name, why) == ("torch", None)
 
 
 def test_command_without_compiler_says_so_in_one_line_and_trains(cli):
     done = cli("+debug=fast", env={"PATH": ""})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("no native step") == 1
+    assert done.stdout.count("the native one is not available") == 1
 
 
 def test_many_processes_compile_once_and_all_get_it(tmp_path):
     code = textwrap.dedent("""
         import sys
-        from lenet_sweep import compiler
-        from lenet_sweep.config import ModelConfig
+        from lenet_sweep.training import compiler
+        from lenet_sweep.config.schema import ModelConfig
         config = ModelConfig(name="x", activation="tanh", pool="max", channels=(2,), kernel_size=5,
                              padding="first", hidden=(), init="pytorch")
         compiled = []
@@ -264,7 +265,7 @@ def test_cache_that_others_can_write_to_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "lenet_sweep").mkdir()
     (tmp_path / "lenet_sweep").chmod(0o777)
-    assert tmp_path not in compiler.cache_folder().parents
+    assert tmp_path not in cache_folder().parents
 
 
 def test_flags_and_network_decide_the_librarys_name(make_config, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lenet_sweep import optim
+from lenet_sweep.training import optim
 
 
 def rates(config):

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from lenet_sweep import charts, figures, page
-from lenet_sweep.comparison import compare
-from lenet_sweep.records import Record
-from lenet_sweep.selection import Selection
+from lenet_sweep.analysis import charts, figures, page
+from lenet_sweep.analysis.comparison import compare
+from lenet_sweep.analysis.selection import Selection
+from lenet_sweep.storage.records import Record
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -98,7 +98,7 @@ def test_page_of_three_runs_takes_less_than_a_second(tmp_path):
 
 def test_page_of_a_thousand_runs_stays_readable_and_of_bounded_size(tmp_path):
     _, data = written(runs(n_lr=100, seeds=10), tmp_path / "r.html")
-    assert sum(group["on"] for group in data["groups"]) == page.SHOWN
+    assert sum(setting["on"] for setting in data["groups"]) == page.SHOWN
     assert (tmp_path / "r.html").stat().st_size < 8_000_000
 
 
@@ -153,7 +153,7 @@ def test_hovering_tells_a_number_and_the_legend_takes_a_group_away(tmp_path, bro
 
 def test_points_of_a_choice_stand_on_their_level_or_beside_each_other_around_it():
     alone = compare(runs(n_lr=3, seeds=1), "test/acc")
-    lrs = [group.key[0] for group in alone.groups]
+    lrs = [setting.key[0] for setting in alone.settings]
     assert charts.places(alone, "lr") == [sorted(lrs).index(lr) for lr in lrs]
 
     longer = [
@@ -164,6 +164,6 @@ def test_points_of_a_choice_stand_on_their_level_or_beside_each_other_around_it(
     ]
     both = compare([*runs(seeds=1), *longer], "test/acc")
     by_lr: dict[str, list[float]] = {}
-    for group, place in zip(both.groups, charts.places(both, "lr"), strict=True):
-        by_lr.setdefault(group.key[both.by.index("lr")], []).append(place)
+    for setting, place in zip(both.settings, charts.places(both, "lr"), strict=True):
+        by_lr.setdefault(setting.key[both.by.index("lr")], []).append(place)
     assert by_lr == {"0.1": [-0.125, 0.125], "0.2": [0.875, 1.125]}

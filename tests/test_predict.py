@@ -9,19 +9,22 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
-from lenet_sweep import data as datasets
-from lenet_sweep import inside, model, pictures, plots, predict
-from lenet_sweep import run as runs
-from lenet_sweep.config import NoTrackingConfig
+from lenet_sweep.config.schema import NoTrackingConfig
+from lenet_sweep.datasets.catalog import DATASETS
 from lenet_sweep.errors import ConfigError, DataError
-from lenet_sweep.randomness import generator
+from lenet_sweep.inspection import activations, images, plots, predict
+from lenet_sweep.runs.run import run
+from lenet_sweep.runs.spec import RunSpec
+from lenet_sweep.training import model
+from lenet_sweep.training.data import load_data
+from lenet_sweep.training.randomness import generator
 
 UNTRACKED = NoTrackingConfig(name="none")
 
 
 @pytest.fixture(scope="module")
 def examples(make_config):
-    return datasets.load(make_config("data=fashion_mnist_mini").data, 0, torch.device("cpu")).test
+    return load_data(make_config("data=fashion_mnist_mini").data, 0, torch.device("cpu")).test
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def finished(make_config, tmp_path_factory):
         config = make_config(
             "data=fashion_mnist_mini", "epochs=4", "model=lenet_relu_max", "lr=0.3", "batch_size=32"
         )
-        runs.run(config, here / "run")
+        run(RunSpec(config, here / "run"))
     return here
 
 
@@ -53,12 +56,12 @@ def image_of(tensor_CHW):
 def test_a_picture_of_the_dataset_is_seen_as_it_is(examples, tmp_path, suffix):
     for i in range(5):
         image_of(examples.images_NCHW[i]).save(tmp_path / f"x.{suffix}")
-        assert torch.equal(pictures.read(tmp_path / f"x.{suffix}", "fashion_mnist"), examples.images_NCHW[i])
+        assert torch.equal(images.read(tmp_path / f"x.{suffix}", "fashion_mnist"), examples.images_NCHW[i])
 
 
 def test_dark_on_light_is_inverted(examples, tmp_path):
     ImageOps.invert(image_of(examples.images_NCHW[3])).save(tmp_path / "x.png")
-    assert torch.equal(pictures.read(tmp_path / "x.png", "fashion_mnist"), examples.images_NCHW[3])
+    assert torch.equal(images.read(tmp_path / "x.png", "fashion_mnist"), examples.images_NCHW[3])
 
 
 @pytest.mark.parametrize("mode", ["RGB", "P", "I;16"])
@@ -72,7 +75,7 @@ def test_enlarged_shifted_and_inverted_picture_is_nearly_the_original(examples, 
         else:
             picture = ImageOps.invert(large).convert(mode)
         picture.save(tmp_path / "x.png")
-        seen = pictures.read(tmp_path / "x.png", "fashion_mnist")[0].numpy().astype(float)
+        seen = images.read(tmp_path / "x.png", "fashion_mnist")[0].numpy().astype(float)
         expected = np.asarray(original).astype(float)
         assert np.corrcoef(seen.ravel(), expected.ravel())[0, 1] > 0.85
 
@@ -82,7 +85,7 @@ def test_light_and_dark_objects_on_nothing_are_both_light_on_dark(tmp_path):
         picture = Image.new("RGBA", (200, 200), (128, 128, 128, 0))
         picture.paste((colour, colour, colour, 255), (50, 20, 110, 180))
         picture.save(tmp_path / f"{name}.png")
-    light, dark = (pictures.read(tmp_path / f"{name}.png", "fashion_mnist") for name in ("light", "dark"))
+    light, dark = (images.read(tmp_path / f"{name}.png", "fashion_mnist") for name in ("light", "dark"))
     assert torch.equal(light, dark)
     assert light[0, 14, 14] == 255
     assert light[0, 14, 0] == 0
@@ -93,7 +96,7 @@ def test_digits_are_centred_by_mass_in_a_box_of_twenty(tmp_path):
     digit.paste(0, (40, 30, 60, 230))  # the stem of an L, far from the middle
     digit.paste(0, (60, 200, 140, 230))
     digit.save(tmp_path / "x.png")
-    seen = pictures.read(tmp_path / "x.png", "mnist")[0].numpy().astype(float)
+    seen = images.read(tmp_path / "x.png", "mnist")[0].numpy().astype(float)
     rows, columns = np.flatnonzero(seen.max(1) > 25), np.flatnonzero(seen.max(0) > 25)
     assert max(np.ptp(rows), np.ptp(columns)) + 1 == 20
     centre = [np.average(np.arange(28), weights=seen.sum(axis)) for axis in (1, 0)]
@@ -132,7 +135,7 @@ def test_predict_tells_the_networks_probabilities(command, trained, examples, tm
     network = predict.load(str(trained), UNTRACKED).network
     logits = network(examples.images_NCHW[7:8].float() / 255)[0]
     (told,) = json.loads((tmp_path / "p.json").read_text())
-    names = datasets.sources.DATASETS["fashion_mnist"].classes
+    names = DATASETS["fashion_mnist"].classes
     expected = dict(zip(names, (logits.exp() / logits.exp().sum()).tolist(), strict=True))
     assert told["probabilities"] == pytest.approx(expected, abs=1e-5)
     best = max(expected, key=expected.get)
@@ -169,7 +172,7 @@ def test_activations_are_what_every_layer_puts_out(make_config, examples):
         layer.register_forward_hook(lambda _, __, out, name=name: seen.__setitem__(name, out.detach()))
     images = examples.images_NCHW[:5]
     network(images.float().div(255))
-    found = inside.activations(network, images)
+    found = activations.activations(network, images)
     assert list(found) == list(seen)
     assert all(torch.equal(found[name], seen[name]) for name in seen)
 
@@ -182,31 +185,29 @@ def test_surest_mistakes_are_those_of_the_highest_wrong_probability(make_config,
     wrong = sorted(
         (float(p.max()) for p, k, y in zip(all_NK, predicted, examples.labels_N, strict=True) if k != y)
     )
-    found = inside.mistakes(network, examples, predicted, 6)
+    found = activations.confident_errors(network, examples, predicted, 6)
     assert [m.probability for m in found] == pytest.approx(wrong[::-1][:6], abs=1e-6)
     assert all(m.label != m.predicted for m in found)
-    assert inside.mistakes(network, examples, examples.labels_N, 6) == []
+    assert activations.confident_errors(network, examples, examples.labels_N, 6) == []
 
 
-def test_pictures_from_elsewhere_are_compared_layer_by_layer(command, trained, examples, data_root):
-    done = command("predict", str(trained), "--elsewhere", "elsewhere.png", f"data.root={data_root}")
+def test_out_of_distribution_images_are_compared_layer_by_layer(command, trained, examples, data_root):
+    done = command("predict", str(trained), "--ood", "ood.png", f"data.root={data_root}")
     assert done.returncode == 0, done.stderr
     network = predict.load(str(trained), UNTRACKED).network
-    for kind, images in (("test pictures", examples.images_NCHW), ("inverted", 255 - examples.images_NCHW)):
+    for kind, shown in (("test pictures", examples.images_NCHW), ("inverted", 255 - examples.images_NCHW)):
         (row,) = [line for line in done.stdout.splitlines() if f"│ {kind} " in line]
-        outputs = inside.activations(network, images)
+        outputs = activations.activations(network, shown)
         means = [float(outputs[f"act{i}"].mean()) for i in range(1, 5)]
         surest = float(outputs["linear3"].softmax(1).amax(1).mean())
         assert [float(cell) for cell in row.split("│")[2:-1]] == pytest.approx([*means, surest], abs=6e-4)
-    with Image.open("elsewhere.png") as picture:
+    with Image.open("ood.png") as picture:
         assert picture.width > picture.height
 
 
 def test_command_without_pictures_or_with_strange_ones_is_refused(command, trained):
     assert command("predict", str(trained)).returncode == 2
-    assert (
-        "name at least one" in command("predict", str(trained), "--elsewhere", "o.png", "--json", "x").stderr
-    )
+    assert "name at least one" in command("predict", str(trained), "--ood", "o.png", "--json", "x").stderr
     assert command("predict", "no-such-run", "x.png").returncode == 2
 
 

@@ -42,9 +42,9 @@ ELSEWHERE = {
         "tests/test_predict.py",
         "test_predict_tells_the_networks_probabilities",
     ),
-    "python -m lenet_sweep predict RUN --elsewhere elsewhere.png": (
+    "python -m lenet_sweep predict RUN --ood ood.png": (
         "tests/test_predict.py",
-        "test_pictures_from_elsewhere_are_compared",
+        "test_out_of_distribution_images_are_compared",
     ),
     "python -m lenet_sweep ui": ("tests/test_ui.py", "test_saved_view_shows_the_sweeps_runs_and_curves"),
     "python -m lenet_sweep sync": ("tests/test_faults.py", "test_server_that_dies_in_the_middle"),

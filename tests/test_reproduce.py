@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lenet_sweep import run as runs
+from lenet_sweep.runs.run import run
+from lenet_sweep.runs.spec import RunSpec
 
 MINI = ("data=fashion_mnist_mini", "data.train_size=600", "epochs=2", "threads=1", "lr=0.1", "seed=3")
 
@@ -20,7 +21,7 @@ def original(make_config, tmp_path_factory):
     here = tmp_path_factory.mktemp("original")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        runs.run(make_config(*MINI), Path("outputs") / "runs" / "first", ("lr=0.1",))
+        run(RunSpec(make_config(*MINI), Path("outputs") / "runs" / "first", ("lr=0.1",)))
     return here
 
 
@@ -174,7 +175,7 @@ def test_id_that_no_run_has_is_named(cli, trained):
 
 
 def test_value_that_only_the_originals_choices_have_can_be_varied(make_config, cli, tmp_path):
-    runs.run(make_config(*MINI, "epochs=1", "optimizer=adam", "tracking=none"), tmp_path / "adam")
+    run(RunSpec(make_config(*MINI, "epochs=1", "optimizer=adam", "tracking=none"), tmp_path / "adam"))
     done = cli("reproduce", "adam", "optimizer.eps=0.001", "tracking=none")
     assert done.returncode == 0, done.stderr
     (variant,) = (tmp_path / "outputs" / "runs").iterdir()

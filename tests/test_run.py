@@ -11,12 +11,18 @@ import yaml
 from matplotlib import image
 from safetensors.torch import load_file
 
-from lenet_sweep import config as configs
-from lenet_sweep import data as datasets
-from lenet_sweep import engine, identity, ledger, model, tracking
-from lenet_sweep import run as runs
+from lenet_sweep.config import parsing
 from lenet_sweep.errors import DeviceError, OutputError, RunFailed, TrackingError
-from lenet_sweep.randomness import generator
+from lenet_sweep.runs import session
+from lenet_sweep.runs.run import run
+from lenet_sweep.runs.spec import RunSpec
+from lenet_sweep.storage import fingerprint
+from lenet_sweep.storage.result import read_result
+from lenet_sweep.tracking.mlflow_store import MlflowStore
+from lenet_sweep.training import engine, model
+from lenet_sweep.training.backend import TorchBackend
+from lenet_sweep.training.data import load_data
+from lenet_sweep.training.randomness import generator
 
 MINI = ("data=fashion_mnist_mini", "epochs=2", "data.train_size=600", "lr=0.1", "threads=1")
 
@@ -39,7 +45,7 @@ def finished(make_config, uri, tmp_path_factory):
     """A finished run: its config, folder and result."""
     config = make_config(*MINI, uri)
     folder = tmp_path_factory.mktemp("outputs") / "run"
-    return config, folder, runs.run(config, folder, ("lr=0.1", uri))
+    return config, folder, run(RunSpec(config, folder, ("lr=0.1", uri)))
 
 
 def lines(folder: Path):
@@ -54,7 +60,7 @@ def client(config):
 
 def test_stored_config_alone_is_the_config(finished):
     config, folder, _ = finished
-    assert configs.load(folder / "config.yaml") == config
+    assert parsing.load(folder / "config.yaml") == config
 
 
 def test_metrics_file_has_a_line_an_epoch_with_five_curve_points(finished):
@@ -70,12 +76,12 @@ def test_mlflow_run_holds_all_that_the_design_lists(finished):
     config, _, result = finished
     kept = client(config).get_run(result.run_id)
     assert kept.info.status == "FINISHED"
-    assert kept.info.run_name == f"lr=0.1 #{identity.config_hash(config)[:6]}"
-    expected = {key: str(value) for key, value in configs.flatten(configs.to_dict(config))}
+    assert kept.info.run_name == f"lr=0.1 #{fingerprint.config_hash(config)[:6]}"
+    expected = {key: str(value) for key, value in parsing.flatten(parsing.to_dict(config))}
     assert kept.data.params == expected
     assert expected["model.activation"] == "sigmoid"
     assert expected["optimizer.name"] == "sgd"
-    assert kept.data.tags["config_hash"] == identity.config_hash(config)
+    assert kept.data.tags["config_hash"] == fingerprint.config_hash(config)
     assert kept.data.tags["git_dirty"] in ("true", "false")
     assert {"host", "git_commit"} <= set(kept.data.tags)
     assert "sweep_id" not in kept.data.tags
@@ -94,7 +100,7 @@ def test_mlflow_metrics_are_those_of_the_metrics_file(finished):
 def test_artifacts_open_and_say_what_they_should(finished, tmp_path):
     config, _, result = finished
     fetched = Path(client(config).download_artifacts(result.run_id, "", str(tmp_path)))
-    assert configs.parse(yaml.safe_load((fetched / "config.yaml").read_text())) == config
+    assert parsing.parse(yaml.safe_load((fetched / "config.yaml").read_text())) == config
     environment = json.loads((fetched / "environment.json").read_text())
     assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert environment["device"].startswith("cpu")
@@ -108,23 +114,23 @@ def test_stored_weights_are_those_that_reached_the_last_test_accuracy(finished):
     config, folder, _ = finished
     network = model.build(config.model, generator(99, "init"))
     network.load_state_dict(load_file(folder / "model" / "weights.safetensors"))
-    data = datasets.load(config.data, config.seed, torch.device("cpu"), say=lambda line: None)
+    data = load_data(config.data, config.seed, torch.device("cpu"), say=lambda line: None)
     last = lines(folder)[-1]
-    assert engine.evaluate(engine.Autograd(network), data.test) == pytest.approx(
+    assert engine.evaluate(TorchBackend(network), data.test) == pytest.approx(
         (last["test/loss"], last["test/acc"])
     )
 
 
 def test_result_file_says_how_it_ended(finished):
     _, folder, result = finished
-    assert ledger.read_result(folder) == result
+    assert read_result(folder) == result
     assert result.status == "FINISHED"
     assert result.metrics["test/acc"] == lines(folder)[-1]["test/acc"]
 
 
 def test_last_words_are_the_tutorials_two_lines_and_where_the_run_is(make_config, uri, tmp_path, capsys):
     config = make_config(*MINI, uri)
-    result = runs.run(config, tmp_path / "run")
+    result = run(RunSpec(config, tmp_path / "run"))
     said = capsys.readouterr().out.splitlines()
     loss = next(i for i, line in enumerate(said) if line.startswith("loss "))
     assert re.fullmatch(r"loss \d\.\d{3}, train acc \d\.\d{3}, test acc \d\.\d{3}", said[loss])
@@ -135,7 +141,7 @@ def test_last_words_are_the_tutorials_two_lines_and_where_the_run_is(make_config
 
 
 def test_layer_table_is_the_tutorials(make_config, tmp_path, capsys):
-    runs.run(make_config(*MINI, "epochs=1", "tracking=none"), tmp_path / "run")
+    run(RunSpec(make_config(*MINI, "epochs=1", "tracking=none"), tmp_path / "run"))
     said = capsys.readouterr().out
     shapes = re.findall(r"^\w+ +(?:conv|activation|pool|flatten|linear) +(\(.*\))$", said, re.MULTILINE)
     assert shapes == (
@@ -148,7 +154,7 @@ def test_layer_table_is_the_tutorials(make_config, tmp_path, capsys):
 
 def test_run_equals_training_by_hand(finished):
     config, folder, _ = finished
-    data = datasets.load(config.data, config.seed, torch.device("cpu"), say=lambda line: None)
+    data = load_data(config.data, config.seed, torch.device("cpu"), say=lambda line: None)
     network = model.build(config.model, generator(0, "init"))
     images, labels = data.train.images_NCHW.float() / 255, data.train.labels_N
     for epoch in (1, 2):
@@ -167,7 +173,7 @@ def test_run_equals_training_by_hand(finished):
 
 def test_untracked_run_leaves_the_same_numbers_and_files(finished, make_config, tmp_path):
     _, folder, _ = finished
-    runs.run(make_config(*MINI, "tracking=none"), tmp_path / "run")
+    run(RunSpec(make_config(*MINI, "tracking=none"), tmp_path / "run"))
     results = ("train/loss", "train/acc", "test/loss", "test/acc", "curve")
     for mine, tracked in zip(lines(tmp_path / "run"), lines(folder), strict=True):
         assert [mine[name] for name in results] == [tracked[name] for name in results]
@@ -178,8 +184,8 @@ def test_untracked_run_leaves_the_same_numbers_and_files(finished, make_config, 
 def test_diverged_run_is_failed_with_its_reason_everywhere(make_config, uri, tmp_path):
     config = make_config(*MINI, uri, "model=lenet_relu_max", "optimizer=momentum", "lr=1000")
     with pytest.raises(RunFailed, match="the loss became"):
-        runs.run(config, tmp_path / "run")
-    result = ledger.read_result(tmp_path / "run")
+        run(RunSpec(config, tmp_path / "run"))
+    result = read_result(tmp_path / "run")
     assert result.status == "FAILED"
     assert "the loss became" in result.reason
     kept = client(config).get_run(result.run_id)
@@ -199,8 +205,8 @@ def test_interrupted_run_is_killed_and_keeps_its_finished_epochs(make_config, ur
 
     monkeypatch.setattr(engine, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        runs.run(config, tmp_path / "run")
-    result = ledger.read_result(tmp_path / "run")
+        run(RunSpec(config, tmp_path / "run"))
+    result = read_result(tmp_path / "run")
     assert (result.status, result.metrics["test/acc"]) == ("KILLED", lines(tmp_path / "run")[1]["test/acc"])
     kept = client(config)
     assert kept.get_run(result.run_id).info.status == "KILLED"
@@ -213,7 +219,7 @@ def test_out_of_memory_is_a_reason_in_words(make_config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine, "train", no_memory)
     with pytest.raises(RunFailed, match="out of memory on the device: CUDA out of memory"):
-        runs.run(make_config(*MINI, "tracking=none"), tmp_path / "run")
+        run(RunSpec(make_config(*MINI, "tracking=none"), tmp_path / "run"))
 
 
 def test_training_goes_on_when_the_server_dies_and_sends_everything_when_it_is_back(
@@ -234,7 +240,7 @@ def test_training_goes_on_when_the_server_dies_and_sends_everything_when_it_is_b
 
     monkeypatch.setattr(MlflowClient, "log_batch", flaky)
     config = make_config(*MINI, uri, "epochs=4")
-    result = runs.run(config, tmp_path / "run")
+    result = run(RunSpec(config, tmp_path / "run"))
     assert calls == [6, 6, 24]  # the first epoch, the second in vain, and at the end all four
     history = client(config).get_metric_history(result.run_id, "train/loss")
     assert [(m.step, m.timestamp) for m in history] == [
@@ -254,11 +260,11 @@ def test_run_that_was_deleted_in_the_store_is_made_anew_with_all_its_numbers(
 
     monkeypatch.setattr(engine, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        runs.run(config, tmp_path / "first")
+        run(RunSpec(config, tmp_path / "first"))
     monkeypatch.setattr(engine, "train", train)
-    old = ledger.read_result(tmp_path / "first").run_id
+    old = read_result(tmp_path / "first").run_id
     client(config).delete_run(old)
-    new = runs.run(config, tmp_path / "second").run_id
+    new = run(RunSpec(config, tmp_path / "second")).run_id
     assert new != old
     assert [m.step for m in client(config).get_metric_history(new, "test/acc")] == [1, 2]
     assert client(config).get_run(new).data.params["seed"] == "77"
@@ -268,9 +274,9 @@ def test_full_disk_at_the_end_leaves_no_run_as_running(make_config, uri, tmp_pat
     def full(folder, result):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ledger, "write_result", full)
+    monkeypatch.setattr(session, "write_result", full)
     config = make_config(*MINI, uri, "seed=78")
-    result = runs.run(config, tmp_path / "run")
+    result = run(RunSpec(config, tmp_path / "run"))
     assert client(config).get_run(result.run_id).info.status == "FINISHED"
 
 
@@ -278,20 +284,20 @@ def test_folder_that_holds_a_run_is_refused_and_left_alone(finished, tmp_path):
     config, folder, _ = finished
     before = (folder / "metrics.jsonl").read_bytes()
     with pytest.raises(OutputError, match="already holds a run"):
-        runs.run(config, folder)
+        run(RunSpec(config, folder))
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_missing_gpu_is_refused_before_tracking_starts(make_config, uri, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(tracking, "open_run", None)
+    monkeypatch.setattr(MlflowStore, "open_run", None)
     with pytest.raises(DeviceError, match="device='cuda:1': there is no such GPU here"):
-        runs.run(make_config(*MINI, uri, "device=cuda:1"), tmp_path / "run")
+        run(RunSpec(make_config(*MINI, uri, "device=cuda:1"), tmp_path / "run"))
 
 
 def test_target_loss_ends_training_early(make_config, tmp_path):
     config = make_config(*MINI, "tracking=none", "epochs=50", "target_loss=2.34")
-    result = runs.run(config, tmp_path / "run")
+    result = run(RunSpec(config, tmp_path / "run"))
     losses = [line["train/loss"] for line in lines(tmp_path / "run")]
     assert len(losses) < 50
     assert losses[-1] < 2.34 <= min(losses[:-1])
@@ -299,8 +305,10 @@ def test_target_loss_ends_training_early(make_config, tmp_path):
 
 
 def test_profile_names_the_operators_of_the_step(make_config, tmp_path):
-    runs.run(
-        make_config(*MINI, "tracking=none", "epochs=1", "profile=true", "backend=torch"), tmp_path / "run"
+    run(
+        RunSpec(
+            make_config(*MINI, "tracking=none", "epochs=1", "profile=true", "backend=torch"), tmp_path / "run"
+        )
     )
     trace = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())
     assert any(event.get("name") == "aten::convolution_backward" for event in trace["traceEvents"])
@@ -314,18 +322,18 @@ def test_store_that_refuses_the_run_is_a_tracking_error(make_config, tmp_path):
     )
     (tmp_path / "mlflow.db").write_bytes(b"SQLite format 3\0" + b"garbage" * 1000)
     with pytest.raises(TrackingError, match=r"tracking\.uri="):
-        runs.run(broken, tmp_path / "run")
+        run(RunSpec(broken, tmp_path / "run"))
 
 
 def test_network_stuck_at_chance_is_tagged_and_said_to_be_collapsed(make_config, uri, tmp_path, capsys):
     # Sigmoids at a small learning rate: after two epochs of eight steps it still only guesses.
     config = make_config(*MINI, uri, "data.train_size=null")
-    result = runs.run(config, tmp_path / "run")
+    result = run(RunSpec(config, tmp_path / "run"))
     assert result.collapsed
-    assert "collapsed: it ends no better than guessing" in capsys.readouterr().out
+    assert "collapsed: no better than guessing" in capsys.readouterr().out
     assert client(config).get_run(result.run_id).data.tags["collapsed"] == "true"
 
 
 def test_network_that_learns_is_not_collapsed(make_config, tmp_path):
     config = make_config(*MINI, "tracking=none", "model=lenet_relu_max", "epochs=4")
-    assert not runs.run(config, tmp_path / "run").collapsed
+    assert not run(RunSpec(config, tmp_path / "run")).collapsed

@@ -27,9 +27,10 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from lenet_sweep import sources
+from lenet_sweep.datasets import download, sources
+from lenet_sweep.datasets.catalog import DATASETS, FILES, Dataset
+from lenet_sweep.datasets.download import ensure
 from lenet_sweep.errors import ConfigError, DataError, OutputError
-from lenet_sweep.sources import DATASETS, FILES, ensure
 
 MINI = "fashion_mnist_mini"
 FOLDER = DATASETS[MINI].folder
@@ -54,7 +55,7 @@ def test_verified_files_are_returned_without_lock_source_or_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     put(tmp_path, REAL)
-    monkeypatch.setattr(sources, "FileLock", forbidden)
+    monkeypatch.setattr(download, "FileLock", forbidden)
     only_source(monkeypatch, forbidden)
     assert ensure(MINI, tmp_path, said.append) == tmp_path / FOLDER
     assert said == []
@@ -225,8 +226,8 @@ def test_each_source_gives_what_the_one_before_could_not(
 ) -> None:
     def first_file_only(job: Any) -> None:
         (job.work / f"{FILES[0]}.gz").write_bytes(PACKED[FILES[0]])
-        sources._place(job, FILES[0], job.work / f"{FILES[0]}.gz")
-        raise sources._SourceFailed("the rest is missing")
+        sources.place(job, FILES[0], job.work / f"{FILES[0]}.gz")
+        raise sources.SourceFailed("the rest is missing")
 
     monkeypatch.setitem(sources.SOURCES, MINI, {"half": first_file_only, "rest": sources._from_package})
     assert contents(ensure(MINI, tmp_path)) == REAL
@@ -669,7 +670,7 @@ def test_torch_is_not_imported_unless_mirrors_are_tried(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dataset", DATASETS.values(), ids=DATASETS)
-def test_sizes_are_those_of_whole_idx_files_of_28_by_28_pictures(dataset: sources.Dataset) -> None:
+def test_sizes_are_those_of_whole_idx_files_of_28_by_28_pictures(dataset: Dataset) -> None:
     for part in ("train", "t10k"):
         images = dataset.sizes[f"{part}-labels-idx1-ubyte"] - 8
         assert dataset.sizes[f"{part}-images-idx3-ubyte"] == 16 + images * 28 * 28
@@ -800,7 +801,7 @@ def forbidden(*_: object, **__: object) -> None:
 
 def failing(reason: str) -> Callable[[Any], None]:
     def source(job: Any) -> None:
-        raise sources._SourceFailed(reason)
+        raise sources.SourceFailed(reason)
 
     return source
 
@@ -817,8 +818,8 @@ def only_mirrors(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
 def start_python(code: str, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
     imports = (
         "import os, sys; from pathlib import Path\n"
-        "from lenet_sweep import sources; from lenet_sweep.errors import OutputError\n"
-        "from lenet_sweep.sources import ensure\n"
+        "from lenet_sweep.datasets import sources; from lenet_sweep.errors import OutputError\n"
+        "from lenet_sweep.datasets.download import ensure\n"
     )
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     env = {**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONUNBUFFERED": "1", **(env or {})}

@@ -139,7 +139,7 @@ def test_sweep_over_epochs_given_longest_first_costs_the_longest(cli, tmp_path):
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
     counts = [len((sweep / f"{n}" / "metrics.jsonl").read_text().splitlines()) for n in range(3)]
     assert counts == [4, 1, 2]
-    assert done.stdout.count("going on after epoch") == 2
+    assert done.stdout.count("resuming after epoch") == 2
 
 
 def test_sweep_that_has_nothing_to_train_leaves_a_folder_of_others_alone(cli, tmp_path):

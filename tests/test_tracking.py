@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lenet_sweep import ledger, tracking
-from lenet_sweep.config import MlflowConfig, NoTrackingConfig
+from lenet_sweep.config.schema import MlflowConfig, NoTrackingConfig
 from lenet_sweep.errors import OutputError, TrackingError
+from lenet_sweep.storage.result import Result, write_result
+from lenet_sweep.tracking import mlflow_client, mlflow_page, mlflow_query
+from lenet_sweep.tracking.stores import open_store
 
 
 def local(folder: Path) -> MlflowConfig:
@@ -32,12 +34,13 @@ def client(config: MlflowConfig):
 def open_run(config, folder, params=(), tags=None, start_ms=1_000, **options):
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(params)))
-    return tracking.open_run(config, folder, "a name", tags or {"config_hash": "cafe"}, start_ms, **options)
+    tags = tags or {"config_hash": "cafe"}
+    return open_store(config).open_run(folder, "a name", tags, start_ms, **options)
 
 
 def end(run, folder, status="FINISHED", reason=None):
-    result = ledger.Result(status, reason, False, run.run_id, "cafe", 1.0, {})
-    ledger.write_result(folder, result)
+    result = Result(status, reason, False, run.run_id, "cafe", 1.0, {})
+    write_result(folder, result)
     return run.end(result)
 
 
@@ -85,7 +88,7 @@ def test_database_uses_a_write_ahead_log(store, tmp_path):
 
 def test_untracked_run_has_no_id_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = tracking.open_run(NoTrackingConfig(name="none"), tmp_path, "any", {}, 0)
+    run = open_store(NoTrackingConfig(name="none")).open_run(tmp_path, "any", {}, 0)
     run.log(1, {"train/loss": 1.0}, 0)
     assert run.run_id is None
     assert list(tmp_path.iterdir()) == []
@@ -94,10 +97,10 @@ def test_untracked_run_has_no_id_and_writes_nothing(tmp_path, monkeypatch):
 def test_finished_run_is_found_by_its_configs_hash_and_no_other_is(tmp_path):
     store = local(tmp_path)
     run = open_run(store, tmp_path)
-    assert tracking.finished(store, ["cafe"]) == {}
+    assert open_store(store).finished(["cafe"]) == {}
     run.log(1, {"test/acc": 0.5}, 2_000)
     end(run, tmp_path)
-    found = tracking.finished(store, ["cafe", "beef"])
+    found = open_store(store).finished(["cafe", "beef"])
     assert {key: (result.run_id, result.metrics) for key, result in found.items()} == {
         "cafe": (run.run_id, {"test/acc": 0.5})
     }
@@ -114,9 +117,9 @@ def test_finished_runs_are_the_same_however_they_are_looked_for(
         run = open_run(store, tmp_path, tags={"config_hash": config_hash}, start_ms=1_000 + number)
         end(run, tmp_path, "FAILED" if config_hash == "a2" else "FINISHED")
         latest[config_hash] = run.run_id
-    monkeypatch.setattr(tracking, "_PAGE", page)
-    monkeypatch.setattr(tracking, "_QUESTIONS_A_PAGE", questions_a_page)
-    found = tracking.finished(store, wanted)
+    monkeypatch.setattr(mlflow_query, "_PAGE", page)
+    monkeypatch.setattr(mlflow_query, "_QUESTIONS_A_PAGE", questions_a_page)
+    found = open_store(store).finished(wanted)
     assert {key: result.run_id for key, result in found.items()} == {
         key: latest[key] for key in ("a0", "a1", "a3")
     }
@@ -126,7 +129,7 @@ def test_running_run_of_a_dead_process_is_ended_and_of_a_living_one_is_not(store
     alive, dead, other = (open_run(store, tmp_path) for _ in range(3))
     client(store).set_tag(dead.run_id, "pid", "4194305")  # above the highest a Linux kernel gives
     client(store).set_tag(other.run_id, "process_start", "12345.00")  # this number, but another process
-    assert set(tracking.end_the_dead(store)) == {dead.run_id, other.run_id}
+    assert set(open_store(store).close_stale_runs()) == {dead.run_id, other.run_id}
     found = {run.run_id: client(store).get_run(run.run_id).info.status for run in (alive, dead, other)}
     assert found == {alive.run_id: "RUNNING", dead.run_id: "KILLED", other.run_id: "KILLED"}
 
@@ -172,21 +175,21 @@ def test_file_that_is_no_database_is_refused(tmp_path):
     (tmp_path / "mlruns").mkdir()
     (tmp_path / "mlruns" / "mlflow.db").write_text("not a database, but long enough to look at\n")
     with pytest.raises(TrackingError, match="is not an SQLite database"):
-        tracking.check(config)
+        mlflow_client.check(config)
 
 
 def test_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "mlruns").write_text("a file is in the way\n")
     with pytest.raises(OutputError, match="mlruns: is no folder"):
-        tracking.check(local(tmp_path))
+        mlflow_client.check(local(tmp_path))
 
 
 def test_ui_command_says_again_where_the_store_is():
     overrides = ("lr=0.1", "tracking.uri=sqlite:///my runs/mlflow.db", "++tracking.experiment=x")
-    assert tracking.ui_command("abc", overrides) == (
+    assert mlflow_page.ui_command("abc", overrides) == (
         "python -m lenet_sweep ui abc 'tracking.uri=sqlite:///my runs/mlflow.db' ++tracking.experiment=x"
     )
-    assert tracking.ui_command("", ()) == "python -m lenet_sweep ui"
+    assert mlflow_page.ui_command("", ()) == "python -m lenet_sweep ui"
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
@@ -198,7 +201,7 @@ def test_interrupt_waits_until_the_store_has_what_is_being_written(sign):
     written = []
 
     def write():
-        with tracking._unbroken():
+        with mlflow_client.defer_interrupts():
             signal.raise_signal(sign)
             written.append("all")
 

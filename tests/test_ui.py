@@ -20,10 +20,12 @@ import psutil
 import pytest
 from PIL import Image
 
-from lenet_sweep import tracking, ui, views
-from lenet_sweep.config import MlflowConfig
+from lenet_sweep.analysis import mlflow_server, mlflow_view
+from lenet_sweep.config.schema import MlflowConfig
 from lenet_sweep.errors import ConfigError, TrackingError
-from lenet_sweep.records import Record
+from lenet_sweep.storage.records import Record
+from lenet_sweep.tracking import mlflow_client
+from lenet_sweep.tracking.mlflow_store import MlflowStore
 
 CHECKOUT = Path(__file__).parents[1]
 LRS = ("0.05", "0.2")
@@ -55,7 +57,7 @@ def store(folder):
 
 @contextlib.contextmanager
 def taken() -> Iterator[int]:
-    with socket.create_server((ui.HOST, 0)) as listening:
+    with socket.create_server((mlflow_server.HOST, 0)) as listening:
         yield listening.getsockname()[1]
 
 
@@ -101,16 +103,18 @@ def runs(**varied):
 
 
 def test_columns_are_what_differs_and_the_metrics_that_were_measured():
-    state = views.state(runs(lr=("0.1", "0.5"), epochs=("3", "3")), "tags.sweep_id = 'x'")
+    state = mlflow_view.view_state(runs(lr=("0.1", "0.5"), epochs=("3", "3")), "tags.sweep_id = 'x'")
     assert state["selectedColumns"] == [
         "params.`lr`", "params.`seed`", "metrics.`test/acc`", "metrics.`train/acc`", "metrics.`train/loss`",
     ]  # fmt: skip
     held_out = runs(**{"lr": ("0.1", "0.5"), "data.val_size": ("100", "100")})
-    assert "metrics.`val/acc`" in views.state(held_out, "")["selectedColumns"]
+    assert "metrics.`val/acc`" in mlflow_view.view_state(held_out, "")["selectedColumns"]
 
 
 def test_words_are_on_no_numeric_axis():
-    charts = views.state(runs(**{"lr": ("0.1", "0.5"), "model.pool": ("avg", "max")}), "")["compareRunCharts"]
+    charts = mlflow_view.view_state(runs(**{"lr": ("0.1", "0.5"), "model.pool": ("avg", "max")}), "")[
+        "compareRunCharts"
+    ]
     assert [chart["xaxis"]["key"] for chart in charts if chart["type"] == "SCATTER"] == ["lr"]
     (parallel,) = [chart for chart in charts if chart["type"] == "PARALLEL"]
     assert parallel["selectedParams"] == ["lr", "model.pool"]
@@ -118,26 +122,26 @@ def test_words_are_on_no_numeric_axis():
 
 def test_view_selects_the_latest_sweep_or_the_one_that_is_named(sweep, original):
     for name in (None, sweep.name, sweep.name[:12], str(sweep)):
-        state = state_of(original, ui.find_page(name, store(original)))
+        state = state_of(original, mlflow_server.page_address(name, MlflowStore(store(original))))
         assert state["searchFilter"] == f"tags.sweep_id = '{sweep.name}'"
     with pytest.raises(ConfigError, match="neither a folder"):
-        ui.find_page("nonsense", store(original))
+        mlflow_server.page_address("nonsense", MlflowStore(store(original)))
     with pytest.raises(ConfigError, match="holds neither"):
-        ui.find_page(".", store(original))
+        mlflow_server.page_address(".", MlflowStore(store(original)))
 
 
 def test_experiment_that_is_not_there_is_not_made(original):
     from mlflow import MlflowClient
 
     with pytest.raises(ConfigError, match="'typo': is not in"):
-        ui.find_page(None, replace(store(original), experiment="typo"))
+        mlflow_server.page_address(None, MlflowStore(replace(store(original), experiment="typo")))
     assert MlflowClient(store(original).uri).get_experiment_by_name("typo") is None
 
 
 def test_run_opens_on_its_own_page(sweep, original):
     run_id = json.loads((sweep / "0" / "result.json").read_text())["run_id"]
     for name in (run_id, run_id[:8], str(sweep / "0")):
-        assert f"/runs/{run_id}?" in ui.find_page(name, store(original))
+        assert f"/runs/{run_id}?" in mlflow_server.page_address(name, MlflowStore(store(original)))
 
 
 def test_view_holds_runs_that_were_finished_before_the_sweep(tmp_path, cli):
@@ -147,7 +151,7 @@ def test_view_holds_runs_that_were_finished_before_the_sweep(tmp_path, cli):
         done = cli(*small, f"lr={lrs}", f"hydra.sweep.dir={folder}", "-m")
         assert done.returncode == 0, done.stderr
     with contextlib.chdir(tmp_path):
-        state = state_of(tmp_path, ui.find_page("elsewhere", store(tmp_path)))
+        state = state_of(tmp_path, mlflow_server.page_address("elsewhere", MlflowStore(store(tmp_path))))
     assert len(re.findall("'[0-9a-f]{32}'", state["searchFilter"])) == 2
     # Given again, nothing is trained, and the command names the sweep that did.
     again = cli(*small, "lr=0.1", "-m")
@@ -200,13 +204,16 @@ def test_best_run_stands_for_the_sweep_and_has_its_report(sweep, original):
 
 def test_port_that_is_taken_is_refused_when_asked_for_and_avoided_otherwise(sweep, original, monkeypatch):
     with taken() as port:
-        with pytest.raises(ConfigError, match=f"--port {port}"), ui._server(store(original), port, print):
+        with (
+            pytest.raises(ConfigError, match=f"--port {port}"),
+            mlflow_server._server(MlflowStore(store(original)), port, print),
+        ):
             pytest.fail("it started")
         said = []
-        monkeypatch.setattr(ui, "PORT", port)
-        monkeypatch.setattr(ui, "_started", lambda store, port: contextlib.nullcontext(port))
-        with ui._server(store(original), None, said.append) as other:
-            assert port < other < port + ui._OTHERS
+        monkeypatch.setattr(mlflow_server, "PORT", port)
+        monkeypatch.setattr(mlflow_server, "_started", lambda store, port: contextlib.nullcontext(port))
+        with mlflow_server._server(MlflowStore(store(original)), None, said.append) as other:
+            assert port < other < port + mlflow_server._OTHERS
         assert said[0] == f"port {port} is taken by something else"
 
 
@@ -220,7 +227,7 @@ def test_port_that_is_taken_is_refused_when_asked_for_and_avoided_otherwise(swee
 )
 def test_command_that_cannot_work_starts_nothing(command, tmp_path, monkeypatch, arguments, reason):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ui, "_started", lambda *_: pytest.fail("a server was started"))
+    monkeypatch.setattr(mlflow_server, "_started", lambda *_: pytest.fail("a server was started"))
     done = command("ui", *arguments)
     assert done.returncode == 2
     assert reason in done.stderr
@@ -241,7 +248,7 @@ def test_ctrl_c_ends_the_server_and_leaves_nothing_behind(original):
             cwd=original, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert again.stdout.splitlines() == ["a server of this store is running already", address]
-        assert tracking.answers(f"http://127.0.0.1:{port}")
+        assert mlflow_client.answers(f"http://127.0.0.1:{port}")
     assert process.returncode == 0
     deadline = time.monotonic() + 5
     while any(member.is_running() for member in family) and time.monotonic() < deadline:
@@ -253,7 +260,7 @@ def test_server_that_cannot_start_is_told_with_its_last_words(tmp_path):
     with (tmp_path / "said").open("w+") as said, taken() as port:
         code = "import sys; sys.exit('no room for a server')"
         with subprocess.Popen([sys.executable, "-c", code], stderr=said, text=True) as process:
-            server = ui._Server(f"http://127.0.0.1:{port + 1}", process, said)
+            server = mlflow_server._Server(f"http://127.0.0.1:{port + 1}", process, said)
             with pytest.raises(TrackingError, match="did not start: no room for a server"):
                 server.wait()
 

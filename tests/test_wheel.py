@@ -68,7 +68,7 @@ def test_wheel_runs_from_an_empty_folder(cli, installed, tmp_path):
 def test_console_script_is_the_same_command(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        assert b"lenet-sweep = lenet_sweep.cli:main" in archive.read(entry_points)
+        assert b"lenet-sweep = lenet_sweep.cli.main:main" in archive.read(entry_points)
 
 
 def _pip(*arguments):

@@ -13,8 +13,12 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from lenet_sweep import identity, journal, plan, workers
 from lenet_sweep.errors import RunFailed
+from lenet_sweep.runs import hardware
+from lenet_sweep.runs.hardware import Hardware
+from lenet_sweep.storage import metrics_file
+from lenet_sweep.sweeps import dask_pool, plan, resources
+from lenet_sweep.sweeps.executor import run_serial
 
 MINI = ("data=fashion_mnist_mini", "data.train_size=300", "lr=0.1,0.3", "epochs=1,2")
 
@@ -24,7 +28,7 @@ def results(sweep):
     found = {}
     for number, job in enumerate(json.loads((sweep / "sweep.json").read_text())["jobs"]):
         folder = sweep / str(number)
-        lines = [journal.parse(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = [metrics_file.parse(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         kept = [{k: v for k, v in line.named().items() if not k.startswith("speed/")} for line in lines]
         weights = load_file(folder / "model" / "weights.safetensors")
         overrides = tuple(o for o in job["overrides"] if not o.startswith("sweep."))
@@ -137,7 +141,7 @@ def test_killed_worker_costs_nothing_its_group_is_tried_again(start, tmp_path):
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
     assert statuses(tmp_path) == ["FINISHED"] * 2
-    assert re.search(rf"going on after epoch \d+ of .*{folder.name}$", output, re.MULTILINE)
+    assert re.search(rf"resuming after epoch \d+ of .*{folder.name}$", output, re.MULTILINE)
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 60
 
 
@@ -212,7 +216,7 @@ def test_sweep_listens_on_loopback_only_and_to_nobody_else(start, tmp_path):
 
 def test_as_many_workers_as_asked_for_but_no_more_than_groups(make_config):
     jobs = [make_config("sweep.workers=7", f"seed={seed}") for seed in range(3)]
-    assert workers.how_many(jobs, plan.groups(jobs)) == 3
+    assert resources.choose_worker_count(jobs, plan.group_jobs(jobs), hardware.here()) == 3
 
 
 @pytest.mark.parametrize(
@@ -226,36 +230,34 @@ def test_as_many_workers_as_asked_for_but_no_more_than_groups(make_config):
         (40, ["backend=torch", "threads=2"], 4),
     ],
 )
-def test_workers_are_as_many_as_pay_off(make_config, monkeypatch, seeds, overrides, expected):
-    monkeypatch.setattr(workers, "cores", lambda: 8)
-    monkeypatch.setattr(workers, "_WORKER_BYTES", 1)
+def test_workers_are_as_many_as_pay_off(make_config, seeds, overrides, expected):
     jobs = [make_config(f"seed={seed}", *overrides) for seed in range(seeds)]
-    assert workers.how_many(jobs, plan.groups(jobs)) == expected
+    eight_cores = Hardware(cores=8, gpus=0, free_bytes=64 << 30)
+    assert resources.choose_worker_count(jobs, plan.group_jobs(jobs), eight_cores) == expected
 
 
-def test_no_worker_is_left_alone_with_a_long_group(make_config, monkeypatch):
+def test_no_worker_is_left_alone_with_a_long_group(make_config):
     # Two workers would do the third group with one core idle; in one process each has both cores.
-    monkeypatch.setattr(workers, "cores", lambda: 2)
-    monkeypatch.setattr(workers, "_WORKER_BYTES", 1)
+    two_cores = Hardware(cores=2, gpus=0, free_bytes=64 << 30)
     jobs = [make_config(f"seed={seed}", "epochs=40") for seed in range(10)]
-    assert workers.how_many(jobs[:3], plan.groups(jobs[:3])) == 1
-    assert workers.how_many(jobs, plan.groups(jobs)) == 2
+    assert resources.choose_worker_count(jobs[:3], plan.group_jobs(jobs[:3]), two_cores) == 1
+    assert resources.choose_worker_count(jobs, plan.group_jobs(jobs), two_cores) == 2
 
 
-def test_each_gpu_gets_a_worker(make_config, monkeypatch):
-    monkeypatch.setattr(identity, "gpus", lambda: 4)
+def test_each_gpu_gets_a_worker(make_config):
+    four_gpus = Hardware(cores=8, gpus=4, free_bytes=64 << 30)
     jobs = [make_config(f"seed={seed}") for seed in range(6)]
-    assert workers.how_many(jobs, plan.groups(jobs)) == 4
-    assert workers.how_many(jobs[:2], plan.groups(jobs[:2])) == 2
+    assert resources.choose_worker_count(jobs, plan.group_jobs(jobs), four_gpus) == 4
+    assert resources.choose_worker_count(jobs[:2], plan.group_jobs(jobs[:2]), four_gpus) == 2
 
 
 def test_executors_give_every_group_its_own_answer():
-    assert dict(workers.in_turn(abs, [-3, 4])) == {0: 3, 1: 4}
-    assert dict(workers.at_once(abs, [-3, 4, -5], 2)) == {0: 3, 1: 4, 2: 5}
+    assert dict(run_serial(abs, [-3, 4])) == {0: 3, 1: 4}
+    assert dict(dask_pool.run_parallel(abs, [-3, 4, -5], 2)) == {0: 3, 1: 4, 2: 5}
 
 
 def test_group_that_kills_every_worker_fails_alone():
-    answers = dict(workers.at_once(_die_of_seven, [1, 7, 2], 2))
+    answers = dict(dask_pool.run_parallel(_die_of_seven, [1, 7, 2], 2))
     assert (answers[0], answers[2]) == (1, 2)
     assert isinstance(answers[1], RunFailed)
 

@@ -3,7 +3,7 @@
     python tools/make_mini.py [DATA_ROOT]
 
 Takes the first 200 training and the first 50 test images of each class, in their original order, and
-writes the four IDX files, gzipped, to lenet_sweep/embedded/fashion_mnist_mini/. The unpacked files are
+writes the four IDX files, gzipped, to lenet_sweep/datasets/embedded/fashion_mnist_mini/. Unpacked they are
 the same on every machine; prints their SHA-256 sums, which lenet_sweep/sources.py has to hold.
 """
 
@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lenet_sweep import sources
+from lenet_sweep.datasets import download, sources
 
 PER_CLASS = {"train": 200, "t10k": 50}
 
 
 def main() -> None:
-    real = sources.ensure("fashion_mnist", Path(sys.argv[1] if len(sys.argv) > 1 else "data"))
+    real = download.ensure("fashion_mnist", Path(sys.argv[1] if len(sys.argv) > 1 else "data"))
     target = sources.EMBEDDED / "fashion_mnist_mini"
     target.mkdir(parents=True, exist_ok=True)
     for file, content in mini_files(real).items():

@@ -51,9 +51,9 @@ def main() -> None:
 
 
 def _accuracy(run: Path) -> float:
-    from lenet_sweep import ledger
+    from lenet_sweep.storage.result import read_result
 
-    result = ledger.read_result(run)
+    result = read_result(run)
     return result.metrics["test/acc"] if result else 0.0
 
 

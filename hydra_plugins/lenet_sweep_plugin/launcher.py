@@ -33,6 +33,6 @@ class LenetLauncher(Launcher):
         self._setup = {"hydra_context": hydra_context, "config": config}
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from hydra_plugins.lenet_sweep_plugin._launch import launch
+        from lenet_sweep.cli.launcher import launch
 
         return launch(job_overrides, initial_job_idx, **self._setup)

@@ -41,6 +41,6 @@ class LenetSweeper(Sweeper):
         }
 
     def sweep(self, arguments: list[str]) -> Any:
-        from hydra_plugins.lenet_sweep_plugin._sweep import sweep
+        from lenet_sweep.cli.sweeper import sweep
 
         return sweep([f"{key}={value}" for key, value in self._params.items()] + arguments, **self._setup)

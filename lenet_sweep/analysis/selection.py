@@ -1,0 +1,85 @@
+"""Which runs a comparison is about: from a tracking store, or from the folders of sweeps and runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lenet_sweep.errors import ConfigError
+from lenet_sweep.storage import records
+from lenet_sweep.storage.manifest import SWEEPS, read_manifest
+from lenet_sweep.storage.records import Record
+from lenet_sweep.tracking.base import Store
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The runs, their common title, and the commands that made them, where those are known."""
+
+    title: str
+    runs: tuple[Record, ...]
+    commands: tuple[str, ...]
+
+
+def select(names: Sequence[str], store: Store, where: str | None, metrics: Sequence[str]) -> Selection:
+    """The runs that `names` and the filter `where` select, with the histories of `metrics`.
+
+    A name is a folder (of a sweep or of one run), a sweep's id, a run's id, or the start of an id. No name
+    means the latest sweep, or with a filter all runs of the experiment.
+
+    Raises:
+        ConfigError: if a name is unknown, or nothing is selected.
+        TrackingError: if the store cannot be reached.
+    """
+    if where:
+        store.check_filter(where)
+    if names or not where:
+        parts = [_of_name(name, store, where or "", metrics) for name in names or [_latest(store)]]
+    else:
+        parts = [Selection(where, tuple(store.records(metrics, where=where)), ())]
+    runs = {run.name: run for part in parts for run in part.runs}
+    title = ", ".join(part.title for part in parts)
+    if not runs:
+        of_names = f" of {', '.join(names)}" if names else ""
+        raise ConfigError(
+            f"no run{of_names} satisfies {where}" if where else f"{title}: there is no such run"
+        )
+    return Selection(title, tuple(runs.values()), tuple(c for part in parts for c in part.commands))
+
+
+def of_sweep(
+    sweep_id: str, store: Store, where: str, metrics: Sequence[str], folder: Path | None = None
+) -> Selection:
+    """A sweep's runs in the store, and those that its manifest (in `folder`) names as finished before."""
+    manifest = read_manifest(folder or SWEEPS / Path(sweep_id).name)
+    before = [run.run_id for run in manifest.finished_before if run.run_id] if manifest else []
+    runs = store.records(metrics, sweep_id=sweep_id, run_ids=before, where=where)
+    return Selection(sweep_id, tuple(runs), (manifest.command,) if manifest and manifest.command else ())
+
+
+def _of_name(name: str, store: Store, where: str, metrics: Sequence[str]) -> Selection:
+    if Path(name).is_dir():
+        if where:
+            raise ConfigError(f"--filter: needs the id of a sweep, not its folder {name!r}")
+        return _of_folder(Path(name))
+    sweep_id, run_id = store.find(name)
+    if sweep_id:
+        return of_sweep(sweep_id, store, where, metrics)
+    return Selection(run_id[:8], tuple(store.records(metrics, run_ids=[run_id])), ())
+
+
+def _of_folder(folder: Path) -> Selection:
+    if (folder / "config.yaml").is_file():
+        return Selection(folder.name, (records.of_folder(folder),), ())
+    manifest = read_manifest(folder)
+    commands = (manifest.command,) if manifest and manifest.command else ()
+    return Selection(folder.name, tuple(records.of_sweep(folder)), commands)
+
+
+def _latest(store: Store) -> str:
+    sweep_id = store.latest_sweep()
+    if sweep_id is None:
+        raise ConfigError(
+            f"there is no sweep yet in {store.name or SWEEPS}; "
+            "start one: python -m lenet_sweep lr=0.1,0.5,0.9 -m"
+        )
+    return sweep_id

@@ -1,0 +1,4 @@
+"""The command line and Hydra: the only room that imports Hydra.
+
+May import: all others.
+"""

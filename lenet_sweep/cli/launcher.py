@@ -1,0 +1,126 @@
+"""Our Hydra launcher: the jobs of a sweep, in the groups of the plan, trained by an executor."""
+
+import copy
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, run_job
+from hydra.types import HydraContext
+from omegaconf import DictConfig, flag_override
+
+from lenet_sweep.config import parsing
+from lenet_sweep.errors import LenetSweepError, RunFailed
+from lenet_sweep.runs import preflight, progress
+from lenet_sweep.runs.spec import RunSpec
+from lenet_sweep.storage.manifest import read_manifest
+from lenet_sweep.storage.result import Result
+from lenet_sweep.sweeps import resources
+from lenet_sweep.sweeps.dask_pool import DaskPool
+from lenet_sweep.sweeps.executor import Executor
+from lenet_sweep.sweeps.group import End, ends_of_lost, train_group
+from lenet_sweep.sweeps.plan import group_jobs
+from lenet_sweep.tracking.stores import open_store
+
+log = logging.getLogger(__name__)
+
+
+def launch(
+    job_overrides: Sequence[Sequence[str]],
+    initial_job_idx: int,
+    *,
+    hydra_context: HydraContext,
+    config: DictConfig,
+) -> list[JobReturn]:
+    """Train every job, each in a folder of its own; with sweep.fail_fast, start none after a failure.
+
+    The configs are those of the sweep's manifest: a YAML file that is edited meanwhile changes no later
+    job, and nothing is composed a second time.
+    """
+    specs = _specs(Path(config.hydra.sweep.dir), job_overrides, initial_job_idx)
+    jobs = [spec.config for spec in specs]
+    executor: Executor = DaskPool()
+    hardware = executor.hardware()
+    groups = group_jobs(jobs, resources.array_width(jobs, hardware))
+    workers = resources.choose_worker_count(jobs, groups, hardware)
+    if workers > 1:  # the longest first, so that none of them is left over at the end
+        groups.sort(key=lambda group: -group.cost)
+        progress.say(f"{len(jobs)} runs in {workers} worker processes")
+    waves = [[[(i, specs[i]) for i in wave] for wave in group.waves] for group in groups]
+    surround = _InHydra(hydra_context, config, Singleton.get_state())
+    work = functools.partial(train_group, surround, bool(config.sweep.fail_fast))
+
+    returns = [JobReturn(overrides=list(overrides)) for overrides in job_overrides]
+    costs = {specs[i].label: cost for group in groups for i, cost in group.costs.items()}
+    with (
+        progress.SweepScreen(costs) as screen,
+        progress.reporting_to(screen),
+        closing(executor.run(work, waves, workers)) as answers,
+    ):
+        for number, answer in answers:
+            ends = answer if not isinstance(answer, RunFailed) else ends_of_lost(waves[number], answer)
+            for i, end in ends or ():
+                returns[i].status = JobStatus.COMPLETED if isinstance(end, Result) else JobStatus.FAILED
+                returns[i].return_value = end
+            if isinstance(answer, RunFailed):
+                preflight.recover(open_store(jobs[0].tracking), progress.say)
+            if config.sweep.fail_fast and any(isinstance(end, LenetSweepError) for _, end in ends or ()):
+                break
+    return returns
+
+
+def _specs(folder: Path, job_overrides: Sequence[Sequence[str]], first: int) -> list[RunSpec]:
+    manifest = read_manifest(folder)
+    assert manifest is not None, "the sweeper writes a manifest"
+    specs = []
+    for number, overrides in enumerate(job_overrides, start=first):
+        config, job = manifest.job(folder, number)
+        specs.append(RunSpec(config, folder / str(number), tuple(overrides), job))
+    return specs
+
+
+@dataclass(frozen=True)
+class _InHydra:
+    """Calls functions as Hydra runs a job, in its folder with .hydra/ and a log; also in a worker process."""
+
+    context: HydraContext
+    config: DictConfig  # the sweep's
+    state: dict[Any, Any]  # Hydra's singletons, for a new process
+
+    def __call__(self, spec: RunSpec, function: Callable[[], Result | None]) -> End | None:
+        """What `function` returned, or the error that it raised."""
+        Singleton.set_state(self.state)
+        try:
+            done = run_job(
+                task_function=lambda _: function(),
+                config=self._job_config(spec),
+                job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir",
+                hydra_context=self.context,
+            )
+        except OSError as error:  # the folder could not be made
+            return RunFailed(str(error))
+        value = done._return_value
+        if isinstance(value, LenetSweepError):
+            return RunFailed(str(value))  # without its traceback, which holds the run's tensors
+        if isinstance(value, Exception):
+            log.error("the run failed", exc_info=value)
+            return RunFailed(f"{type(value).__name__}: {value}")
+        return cast("Result | None", value)
+
+    def _job_config(self, spec: RunSpec) -> DictConfig:
+        """What Hydra would compose for this job, made from the sweep's config and the planned values."""
+        assert spec.job
+        job = copy.deepcopy(self.config)
+        with flag_override(job, ["struct", "readonly"], False), flag_override(job.hydra, ["readonly"], False):
+            for key, value in parsing.to_dict(spec.config).items():
+                job[key] = value
+            job.hydra.job.id = str(spec.job.number - 1)
+            job.hydra.job.num = spec.job.number - 1
+            job.hydra.overrides.task = list(spec.overrides)
+        return job

@@ -1,0 +1,40 @@
+"""What a machine has to train with, as far as can be told without torch."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from lenet_sweep.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """CPU cores and CUDA GPUs that a process may use, and the memory that is available, in bytes."""
+
+    cores: int
+    gpus: int
+    free_bytes: int
+
+    def trains_on_gpu(self, config: Config) -> bool:
+        """Whether `config` will be trained on a CUDA GPU there."""
+        return config.device.startswith("cuda") or (config.device == "auto" and self.gpus > 0)
+
+
+def here() -> Hardware:
+    """The hardware of this machine."""
+    return Hardware(cores(), _gpus(), psutil.virtual_memory().available)
+
+
+def cores() -> int:
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpus() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    installed = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if visible is None:
+        return installed
+    return min(installed, len([name for name in visible.split(",") if name.strip()]))

@@ -1,0 +1,64 @@
+"""What a result depends on, as hashes: the config that matters and the code that matters."""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+from lenet_sweep.config import parsing
+from lenet_sweep.config.schema import Config, CosineScheduleConfig
+from lenet_sweep.paths import PACKAGE
+
+# Fields that cannot change a number: where things lie, what is watched, and mere labels.
+RESULT_FREE = ("data.root", "model.name", "profile", "sweep", "tracking")
+
+
+def config_hash(config: Config) -> str:
+    """16 hex digits over all that decides a run's numbers: the config and the code's version.
+
+    It is the same on every machine and Python version. `device` and `threads` enter as they were
+    written, so "auto" means whatever the machine at hand makes of it.
+    """
+    return _hash(config, RESULT_FREE)
+
+
+def trajectory_hash(config: Config) -> str:
+    """16 hex digits that runs share if the one with fewer epochs is the beginning of the other.
+
+    That is all but the number of epochs, unless the schedule depends on it.
+    """
+    return _hash(config, RESULT_FREE if depends_on_epochs(config) else (*RESULT_FREE, "epochs"))
+
+
+def depends_on_epochs(config: Config) -> bool:
+    """Whether already the first epochs depend on how many there will be."""
+    return isinstance(config.schedule, CosineScheduleConfig)
+
+
+def _hash(config: Config, without: tuple[str, ...]) -> str:
+    fields = {
+        key: value
+        for key, value in parsing.flatten(parsing.to_dict(config))
+        if not any(key == free or key.startswith(f"{free}.") for free in without)
+    }
+    text = json.dumps([code_version(), fields], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def code_version() -> str:
+    """SHA-256 over the sources that can change a number: all of `training/`, and shapes.py.
+
+    Line ends are normalised. Editing any other source leaves every config hash as it is.
+    """
+    digest = hashlib.sha256()
+    for path in result_sources():
+        source = path.read_bytes().replace(b"\r\n", b"\n")
+        digest.update(f"{path.relative_to(PACKAGE).as_posix()} {len(source)}\n".encode() + source)
+    return digest.hexdigest()
+
+
+def result_sources() -> list[Path]:
+    """The sources whose text can change a number, in a fixed order."""
+    room = [path for path in (PACKAGE / "training").iterdir() if path.suffix in (".py", ".cpp")]
+    return sorted([*room, PACKAGE / "shapes.py"])

@@ -1,0 +1,37 @@
+"""TODO storage.result."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lenet_sweep.paths import write_atomic
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended, as `result.json` in its folder keeps it. `metrics` are its last epoch's."""
+
+    status: Status
+    reason: str | None
+    collapsed: bool  # it ended no better than guessing: accuracy at chance, loss at ln(classes) or above
+    run_id: str | None
+    config_hash: str
+    seconds: float
+    metrics: dict[str, float]
+
+
+def write_result(folder: Path, result: Result) -> None:
+    """Write `result.json`."""
+    write_atomic(folder / "result.json", json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+
+
+def read_result(folder: Path) -> Result | None:
+    """The result that a run left in `folder`; None if it left none (killed, or not started)."""
+    try:
+        return Result(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None

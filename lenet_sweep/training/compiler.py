@@ -1,0 +1,152 @@
+"""Compiles native.cpp for one network, once per machine: the library then lies in a cache.
+
+A library's name is a hash of the source, the flags, the compiler and the CPU, so a stale one is
+never taken. It is written under a temporary name and renamed, by one process at a time; the others
+wait for it. The cache is `$XDG_CACHE_HOME/lenet_sweep` or `~/.cache/lenet_sweep`, and only one that
+nobody else can write to is used, because what lies there is executed.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lenet_sweep import shapes
+from lenet_sweep.config.schema import ModelConfig
+from lenet_sweep.paths import atomic_path, cache_folder
+from lenet_sweep.shapes import CLASSES, IMAGE_SHAPE
+
+SOURCE = Path(__file__).with_name("native.cpp")
+# No -ffast-math: it would take NaNs for numbers, and its linker flag flushes denormals in the whole process.
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-ffp-contract=fast",
+    "-fno-strict-aliasing",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+)
+_NAMES = {
+    "sigmoid": "Sigmoid",
+    "tanh": "Tanh",
+    "relu": "Relu",
+    "leaky_relu": "LeakyRelu",
+    "gelu": "Gelu",
+    "silu": "Silu",
+    "avg": "Average",
+    "max": "Maximum",
+}
+_TIMEOUT_S = 300
+
+
+class Unavailable(Exception):
+    """There is no native step for this network here; the text says why."""
+
+
+def library(config: ModelConfig, extra: tuple[str, ...] = ()) -> Path:
+    """The shared library of this network's step, compiled now (about 2 s) if it is not in the cache.
+
+    `extra` are further flags for the compiler.
+
+    Raises:
+        Unavailable: without a C++ compiler, or if it fails.
+    """
+    command = [_compiler(), *FLAGS, _cpu_flag(), *extra, *_definitions(config)]
+    path = cache_folder() / f"{_key(command)}.so"
+    if path.exists():
+        return path
+    try:
+        with FileLock(path.with_suffix(".lock"), timeout=_TIMEOUT_S):
+            if not path.exists():
+                with atomic_path(path) as temporary:
+                    _compile([*command, str(SOURCE), "-o", str(temporary)])
+    except (OSError, Timeout) as error:
+        raise Unavailable(f"the library cannot be written: {error}") from error
+    return path
+
+
+def compile_ahead(config: ModelConfig) -> None:
+    """Start compiling what `library` will be asked for, in the background; it then waits for that."""
+
+    def compile_quietly() -> None:
+        with suppress(Unavailable):  # said when it is asked for
+            library(config)
+
+    threading.Thread(target=compile_quietly, daemon=True).start()
+
+
+def is_likely(backend: str, amp: bool) -> bool:
+    """Whether a run on a CPU with these settings will use the native backend; nothing is compiled to tell."""
+    if backend == "torch" or amp:
+        return False
+    with suppress(Unavailable):
+        return bool(_compiler())
+    return False
+
+
+def _definitions(config: ModelConfig) -> list[str]:
+    """The network as macros: Conv<channels in, side in, channels out, kernel, padding>, Dense<in, out>."""
+    convs, denses = [], []
+    for layer in shapes.layers(config, IMAGE_SHAPE, CLASSES):
+        inputs, outputs = layer.input_shape, layer.output_shape
+        if layer.kind == "conv":
+            convs.append(
+                f"Conv<{inputs[0]}, {inputs[1]}, {outputs[0]}, {config.kernel_size}, {layer.padding}>"
+            )
+        elif layer.kind == "linear":
+            denses.append(f"Dense<{inputs[0]}, {outputs[0]}>")
+    return [
+        f"-DCONVS={', '.join(convs)}",
+        f"-DDENSES={', '.join(denses)}",
+        f"-DACTIVATION={_NAMES[config.activation]}",
+        f"-DPOOL={_NAMES[config.pool]}",
+    ]
+
+
+def _compiler() -> str:
+    for name in filter(None, (os.environ.get("CXX"), "g++", "c++")):
+        if found := shutil.which(name):
+            return found
+    raise Unavailable("there is no C++ compiler (g++)")
+
+
+def _cpu_flag() -> str:
+    return "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+
+
+def _compile(command: list[str]) -> None:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT_S
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"the compiler did not run: {error}") from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or [done.stderr[-200:]]
+        raise Unavailable(f"the compiler failed: {lines[0].rpartition('error: ')[2]}")
+
+
+def _key(command: list[str]) -> str:
+    digest = hashlib.sha256(SOURCE.read_bytes())
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
+    for part in (*command, version, _cpu()):
+        digest.update(f"{len(part)} {part}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _cpu() -> str:
+    """What -march=native depends on."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model"))}))
+    return platform.processor()

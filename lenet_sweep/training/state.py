@@ -1,0 +1,62 @@
+"""Where training starts: data, network, backend, optimizer and schedule, made from a config and its seed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lenet_sweep.config.schema import Config
+from lenet_sweep.training import devices, model, optim
+from lenet_sweep.training.backend import Backend, choose_backend
+from lenet_sweep.training.data import Data, load_data
+from lenet_sweep.training.fused import MemberBackend
+from lenet_sweep.training.randomness import generator
+
+
+@dataclass
+class TrainingState:
+    """What training works on; network, optimizer and schedule change as it goes."""
+
+    data: Data
+    backend: Backend
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+
+    @property
+    def network(self) -> nn.Sequential:
+        return self.backend.network
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.train.labels_N.device
+
+
+def prepare(
+    config: Config, *, fused: bool = False, data: Data | None = None, say: Callable[[str], None] = print
+) -> TrainingState:
+    """Everything that training starts from, on the device that the config asks for.
+
+    Args:
+        fused: whether the run becomes a member of an array (`fused.train`).
+        data: the config's data, if it is loaded already.
+        say: called with a line of text for each download, and if the native backend is not available.
+
+    Raises:
+        DataError, DeviceError: if the dataset or the device is not available.
+    """
+    device = devices.resolve(config.device)
+    devices.set_arithmetic(config.threads, config.precision)
+    data = data or load_data(config.data, config.seed, device, say)
+    network = model.build(config.model, generator(config.seed, "init")).to(device)
+    backend: Backend
+    if fused:
+        backend = MemberBackend(network, config.precision.amp)
+    else:
+        backend, why_slow = choose_backend(
+            network, device, config.model, config.backend, config.precision.amp
+        )
+        if why_slow:
+            say(why_slow)
+    optimizer = optim.optimizer(config.optimizer, network.parameters())
+    return TrainingState(data, backend, optimizer, optim.schedule(config.schedule, optimizer, config.epochs))
