@@ -55,6 +55,8 @@ _AT_ONCE = 8  # requests to a server
 _QUESTIONS_A_PAGE = 400  # questions for one run each that take longer than reading a page (1.9 s, 8 ms)
 _TOLD = ("train/loss", "train/acc", "val/acc", "test/acc")  # metrics in a run's description
 _RETRY_S = 30  # after a call failed, how long none is tried
+_SILENCE_S = 3.0  # a server that sends nothing for so long does not answer
+_ANSWER_S = 4.0  # it does not either if its answer takes longer, however it arrives
 _SQLITE = "sqlite:///"
 _NOTE = "mlflow.note.content"  # the tag whose Markdown MLflow's pages show as a description
 _STANDS = "This run stands for sweep "
@@ -918,7 +920,7 @@ def _check_server(uri: str) -> None:
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=3).close()
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_SILENCE_S).close()
             answer.put(None)
         except (OSError, ValueError, http.client.HTTPException) as error:
             answer.put(error)
@@ -926,7 +928,7 @@ def _check_server(uri: str) -> None:
     # A thread, because a socket's time-out starts anew with each byte.
     threading.Thread(target=ask, daemon=True).start()
     try:
-        error = answer.get(timeout=4)
+        error = answer.get(timeout=_ANSWER_S)
     except queue.Empty:
         error = TimeoutError("timed out")
     if error is None:
