@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from lenet_sweep.tracking import mlflow_client
+
 MISTAKES = [
     # --- keys
     (["lrr=0.1"], ["'lrr'", "Did you mean 'lr'?"]),
@@ -78,9 +80,16 @@ MISTAKES = [
 ]
 
 
+@pytest.fixture
+def command(command, tmp_path, monkeypatch):
+    """The command line in `tmp_path` and in this process: a fourth of the time where much is refused."""
+    monkeypatch.chdir(tmp_path)
+    return command
+
+
 @pytest.mark.parametrize(("arguments", "told"), MISTAKES, ids=[" ".join(case[0]) for case in MISTAKES])
-def test_mistake_is_refused_with_field_value_and_what_is_allowed(cli, tmp_path, arguments, told):
-    _refused(cli(*arguments), tmp_path, told)
+def test_mistake_is_refused_with_field_value_and_what_is_allowed(command, tmp_path, arguments, told):
+    _refused(command(*arguments), tmp_path, told)
 
 
 def test_password_in_a_refused_uri_is_not_repeated(cli):
@@ -88,17 +97,17 @@ def test_password_in_a_refused_uri_is_not_repeated(cli):
 
 
 @pytest.mark.parametrize("arguments", [["device=cuda:99"], ["device=cpu,cuda:99", "-m"]])
-def test_missing_gpu_is_refused_with_those_there_are(cli, tmp_path, arguments):
-    _refused(cli(*arguments), tmp_path, ["device='cuda:99'", "CUDA GPUs that torch sees", "device=cpu"])
+def test_missing_gpu_is_refused_with_those_there_are(command, tmp_path, arguments):
+    _refused(command(*arguments), tmp_path, ["device='cuda:99'", "CUDA GPUs that torch sees", "device=cpu"])
 
 
 # --- folders that cannot be written
 
 
 @pytest.mark.parametrize(("key", "flags"), [("hydra.run.dir", []), ("hydra.sweep.dir", ["-m"])])
-def test_output_folder_below_a_file_is_refused(cli, tmp_path, key, flags):
+def test_output_folder_below_a_file_is_refused(command, tmp_path, key, flags):
     (tmp_path / "file").write_text("kept")
-    done = cli(f"{key}=file/below", "data=fashion_mnist_mini", *flags)
+    done = command(f"{key}=file/below", "data=fashion_mnist_mini", *flags)
     _refused(done, tmp_path, [str(tmp_path / "file"), "is no folder"], left={"file"})
     assert (tmp_path / "file").read_text() == "kept"
 
@@ -114,9 +123,9 @@ def test_read_only_folder_is_refused(cli, tmp_path, key):
     assert list(locked.iterdir()) == []
 
 
-def test_data_root_below_a_file_is_refused(cli, tmp_path):
+def test_data_root_below_a_file_is_refused(command, tmp_path):
     (tmp_path / "file").touch()
-    done = cli("data=fashion_mnist_mini", "data.root=file/data")
+    done = command("data=fashion_mnist_mini", "data.root=file/data")
     _refused(done, tmp_path, [str(tmp_path / "file"), "data.root"], left={"file"})
 
 
@@ -128,10 +137,10 @@ def _never_answer(connection):
     time.sleep(20)
 
 
-def _answer_a_byte_a_second(connection):
-    for byte in b"HTTP/1.1 200 OK\r\n" + b"x" * 20:
+def _answer_byte_by_byte(connection):
+    for byte in b"HTTP/1.1 200 OK\r\n" + b"x" * 80:
         connection.sendall(bytes([byte]))
-        time.sleep(1)
+        time.sleep(0.1)
 
 
 def _answer_in_another_protocol(connection):
@@ -176,11 +185,16 @@ def listen():
 
 
 @pytest.mark.parametrize(
-    "answer", [_never_answer, _answer_a_byte_a_second, _answer_in_another_protocol, _hang_up, _answer_404]
+    "answer", [_never_answer, _answer_byte_by_byte, _answer_in_another_protocol, _hang_up, _answer_404]
 )
-def test_server_that_does_not_answer_as_mlflow_is_refused_within_five_seconds(cli, tmp_path, listen, answer):
+def test_server_that_does_not_answer_as_mlflow_is_refused_within_five_seconds(
+    command, tmp_path, listen, monkeypatch, answer
+):
+    assert max(mlflow_client._SILENCE_S, mlflow_client._ANSWER_S) <= 4  # one second is for all else
+    monkeypatch.setattr(mlflow_client, "_SILENCE_S", 0.3)
+    monkeypatch.setattr(mlflow_client, "_ANSWER_S", 0.4)
     uri = f"http://127.0.0.1:{listen(answer)}"
-    _refused_soon(cli, tmp_path, uri, "data=fashion_mnist_mini")
+    _refused_soon(command, tmp_path, uri, "data=fashion_mnist_mini")
 
 
 @pytest.mark.parametrize("flags", [[], ["lr=0.1,0.2", "-m"]])
@@ -190,9 +204,9 @@ def test_server_that_is_not_there_is_refused_within_five_seconds(cli, tmp_path, 
         _refused_soon(cli, tmp_path, f"http://127.0.0.1:{taken.getsockname()[1]}", *flags)
 
 
-def _refused_soon(cli, tmp_path, uri, *arguments):
+def _refused_soon(command, tmp_path, uri, *arguments):
     started = time.monotonic()
-    done = cli("tracking=server", f"tracking.uri={uri}", *arguments)
+    done = command("tracking=server", f"tracking.uri={uri}", *arguments)
     assert time.monotonic() - started < 5
     _refused(done, tmp_path, ["tracking.uri", repr(uri), "no MLflow server"])
 

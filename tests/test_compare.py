@@ -6,8 +6,6 @@ import json
 import re
 import shutil
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +16,13 @@ MINI = ("data=fashion_mnist_mini", "threads=1", "model=lenet_relu_max")
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory, data_root):
+def original(tmp_path_factory, command_in, put_database):
     """A folder with two sweeps: `first` of two lrs and three seeds, `second` that adds an lr which fails."""
     here = tmp_path_factory.mktemp("sweeps")
+    put_database(here)
 
     def sweep(*arguments):
-        command = [sys.executable, "-m", "lenet_sweep", *MINI, *arguments, "-m"]
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=300)
+        return command_in(here, *MINI, *arguments, "-m")
 
     first = sweep(
         "epochs=2", "data.val_size=100", "lr=0.1,0.2", "seed=range(3)", "hydra.sweep.dir=outputs/sweeps/first"

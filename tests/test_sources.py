@@ -290,7 +290,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
                 pass  # the client hung up, as it should
 
         servers.append(Server(("127.0.0.1", 0), Handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}/"
 
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -346,7 +346,7 @@ def test_mirror_without_the_files_is_named_with_its_answer(
 def test_wrong_content_of_a_mirror_is_kept_aside_and_the_next_mirror_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve, said: list[str]
 ) -> None:
-    wrong = gzip.compress(flip_one_bit(REAL[FILES[1]]))
+    wrong = gzip.compress(flip_one_bit(REAL[FILES[1]]), 1)
     only_mirrors(monkeypatch, serve(MIRRORED | {f"{FILES[1]}.gz": wrong}), serve(MIRRORED))
     folder = ensure(MINI, tmp_path, said.append)
     assert contents(folder) == REAL
@@ -359,7 +359,7 @@ def test_wrong_content_of_the_only_mirror_is_named_in_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
     wrong = flip_one_bit(REAL[FILES[1]])
-    only_mirrors(monkeypatch, serve(MIRRORED | {f"{FILES[1]}.gz": gzip.compress(wrong)}))
+    only_mirrors(monkeypatch, serve(MIRRORED | {f"{FILES[1]}.gz": gzip.compress(wrong, 1)}))
     with pytest.raises(DataError, match=r"kept aside as .*\.refused-") as caught:
         ensure(MINI, tmp_path)
     assert hashlib.sha256(wrong).hexdigest() in str(caught.value)
@@ -370,7 +370,7 @@ def test_wrong_content_of_the_only_mirror_is_named_in_the_error(
 def test_mirror_that_breaks_is_given_up_and_the_next_one_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve, answer: Answer
 ) -> None:
-    monkeypatch.setattr(sources, "CONNECT_S", 1)
+    monkeypatch.setattr(sources, "CONNECT_S", 0.5)
     only_mirrors(monkeypatch, serve(MIRRORED, f"{FILES[2]}.gz", answer), serve(MIRRORED))
     started = time.monotonic()
     assert contents(ensure(MINI, tmp_path)) == REAL
@@ -383,7 +383,7 @@ def test_mirror_that_breaks_is_given_up_and_the_next_one_used(
 
 def tarball(members: Mapping[str, bytes | tarfile.TarInfo]) -> bytes:
     packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+    with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=1) as archive:
         for name, content in members.items():
             if isinstance(content, bytes):
                 entry = tarfile.TarInfo(name)

@@ -32,13 +32,13 @@ LRS = ("0.05", "0.2")
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory, data_root):
+def original(tmp_path_factory, command_in, put_database):
     """A folder with a sweep of two lrs and two seeds, and one run by itself."""
     here = tmp_path_factory.mktemp("sweep")
+    put_database(here)
     small = ("data=fashion_mnist_mini", "threads=1", "model=lenet_relu_max", "epochs=3")
     for arguments in (("lr=" + ",".join(LRS), "seed=0,1", "-m"), ("lr=0.1",)):
-        command = [sys.executable, "-m", "lenet_sweep", *small, *arguments]
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=300)
+        done = command_in(here, *small, *arguments)
         assert done.returncode == 0, done.stderr
     return here
 
@@ -144,17 +144,18 @@ def test_run_opens_on_its_own_page(sweep, original):
         assert f"/runs/{run_id}?" in mlflow_server.page_address(name, MlflowStore(store(original)))
 
 
-def test_view_holds_runs_that_were_finished_before_the_sweep(tmp_path, cli):
+def test_view_holds_runs_that_were_finished_before_the_sweep(tmp_path, command_in, put_database):
+    put_database(tmp_path)
     small = ("data=fashion_mnist_mini", "threads=1", "data.train_size=300", "epochs=1")
     folders = ["outputs/sweeps/first", "elsewhere"]
     for lrs, folder in zip(("0.1", "0.1,0.2"), folders, strict=True):
-        done = cli(*small, f"lr={lrs}", f"hydra.sweep.dir={folder}", "-m")
+        done = command_in(tmp_path, *small, f"lr={lrs}", f"hydra.sweep.dir={folder}", "-m")
         assert done.returncode == 0, done.stderr
     with contextlib.chdir(tmp_path):
         state = state_of(tmp_path, mlflow_server.page_address("elsewhere", MlflowStore(store(tmp_path))))
     assert len(re.findall("'[0-9a-f]{32}'", state["searchFilter"])) == 2
     # Given again, nothing is trained, and the command names the sweep that did.
-    again = cli(*small, "lr=0.1", "-m")
+    again = command_in(tmp_path, *small, "lr=0.1", "-m")
     assert "curves in the browser: python -m lenet_sweep ui first" in again.stdout
 
 
@@ -203,6 +204,7 @@ def test_best_run_stands_for_the_sweep_and_has_its_report(sweep, original):
 
 
 def test_port_that_is_taken_is_refused_when_asked_for_and_avoided_otherwise(sweep, original, monkeypatch):
+    monkeypatch.setattr(mlflow_client, "_SILENCE_S", 0.1)  # what listens there never answers
     with taken() as port:
         with (
             pytest.raises(ConfigError, match=f"--port {port}"),

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -20,7 +21,11 @@ from lenet_sweep.storage import metrics_file
 from lenet_sweep.sweeps import dask_pool, plan, resources
 from lenet_sweep.sweeps.executor import run_serial
 
-MINI = ("data=fashion_mnist_mini", "data.train_size=300", "lr=0.1,0.3", "epochs=1,2")
+# Four runs that end well, and two whose loss does not stay finite.
+MIXED = (
+    "data=fashion_mnist_mini", "data.train_size=300", "batch_size=32", "model=lenet_relu_max",
+    "optimizer=momentum", "lr=0.01,1000,0.03", "epochs=1,2",
+)  # fmt: skip
 
 
 def results(sweep):
@@ -30,7 +35,8 @@ def results(sweep):
         folder = sweep / str(number)
         lines = [metrics_file.parse(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         kept = [{k: v for k, v in line.named().items() if not k.startswith("speed/")} for line in lines]
-        weights = load_file(folder / "model" / "weights.safetensors")
+        saved = folder / "model" / "weights.safetensors"
+        weights = load_file(saved) if saved.exists() else {}  # a failed run has none
         overrides = tuple(o for o in job["overrides"] if not o.startswith("sweep."))
         found[overrides] = (kept, {name: tensor.numpy().tobytes() for name, tensor in weights.items()})
     return found
@@ -97,38 +103,46 @@ def trains(folder):
 LONG = ("data=fashion_mnist_mini", "lr=0.1,0.3", "epochs=2000", "sweep.workers=2")
 
 
-def test_workers_leave_what_one_process_leaves_to_the_bit(cli, tmp_path):
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    assert cli(*MINI, "sweep.workers=1", "-m", cwd=alone).returncode == 0
-    done = cli(*MINI, "sweep.workers=2", "-m")
-    assert done.returncode == 0, done.stderr
-    assert "4 runs in 2 worker processes" in done.stdout
-    assert results(latest(tmp_path)) == results(latest(alone))
-    assert statuses(tmp_path) == ["FINISHED"] * 4
-    assert done.stderr == ""
-    for number in range(4):
-        assert (latest(tmp_path) / str(number) / ".hydra" / "overrides.yaml").exists()
-        assert "examples/sec on cpu" in (latest(tmp_path) / str(number) / "lenet_sweep.log").read_text()
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, put_database, data_root):
+    """The folder in which a real process swept `MIXED` in two workers, and how that process ended."""
+    here = tmp_path_factory.mktemp("swept")
+    put_database(here)
+    command = [sys.executable, "-m", "lenet_sweep", *MIXED, "sweep.workers=2", "-m"]
+    return here, subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=120)
 
 
-def test_what_runs_in_workers_say_is_labelled_and_counted(cli):
-    done = cli(*MINI, "epochs=1", "sweep.workers=2", "-m")
-    for label in ("[1/2] lr=0.1", "[2/2] lr=0.3"):
+def test_workers_leave_what_one_process_leaves_to_the_bit(swept, command_in, put_database, tmp_path):
+    here, done = swept
+    put_database(tmp_path)
+    assert command_in(tmp_path, *MIXED, "sweep.workers=1", "-m").returncode == 1
+    assert "6 runs in 2 worker processes" in done.stdout
+    found = results(latest(here))
+    assert found == results(latest(tmp_path))
+    assert sum(bool(weights) for _, weights in found.values()) == 4
+    for number in range(6):
+        assert (latest(here) / str(number) / ".hydra" / "overrides.yaml").exists()
+        log = (latest(here) / str(number) / "lenet_sweep.log").read_text()
+        assert ("the run failed" if number in (2, 3) else "examples/sec on cpu") in log
+
+
+def test_what_runs_in_workers_say_is_labelled_and_counted(swept):
+    _, done = swept
+    for label in ("[1/6] lr=0.01 epochs=1", "[5/6] lr=0.03 epochs=1"):
         assert f"{label}: training on cpu (" in done.stdout
         assert re.search(rf"{re.escape(label)}  epoch 1/1  train loss \d", done.stdout)
-    assert re.search(r"^1 of 2 runs, about \d+:\d\d left$", done.stdout, re.MULTILINE)
+    told = re.findall(r"^(\d) of 6 runs(?:, (\d) failed)?, about \d+:\d\d left$", done.stdout, re.MULTILINE)
+    assert [ended for ended, _ in told] == list("12345")
+    assert list(dict.fromkeys(failed for _, failed in told if failed)) in (["1"], ["1", "2"])
 
 
-def test_failed_run_in_a_worker_stops_no_other_and_is_told_with_its_reason(cli, tmp_path):
-    done = cli(
-        "data=fashion_mnist_mini", "model=lenet_relu_max", "optimizer=momentum", "lr=1000,0.01", "epochs=2",
-        "sweep.workers=2", "-m",
-    )  # fmt: skip
+def test_failed_run_in_a_worker_stops_no_other_and_is_told_with_its_reason(swept):
+    here, done = swept
     assert done.returncode == 1
-    assert statuses(tmp_path) == ["FAILED", "FINISHED"]
-    assert re.search(r"run 1 \(.*lr=1000.*\): the loss became \w+ in epoch \d", done.stdout)
-    assert "Traceback" not in done.stdout + done.stderr
+    assert statuses(here) == ["FAILED"] * 2 + ["FINISHED"] * 4
+    assert re.search(r"run 3 \(.*lr=1000.*\): the loss became \w+ in epoch \d", done.stdout)
+    assert "Traceback" not in done.stdout
+    assert done.stderr == "error: 2 of 6 runs failed\n"
 
 
 @pytest.mark.slow
@@ -215,7 +229,7 @@ def test_sweep_listens_on_loopback_only_and_to_nobody_else(start, tmp_path):
 
 
 def test_as_many_workers_as_asked_for_but_no_more_than_groups(make_config):
-    jobs = [make_config("sweep.workers=7", f"seed={seed}") for seed in range(3)]
+    jobs = [replace(make_config("sweep.workers=7"), seed=seed) for seed in range(3)]
     assert resources.choose_worker_count(jobs, plan.group_jobs(jobs), hardware.here()) == 3
 
 
@@ -231,7 +245,7 @@ def test_as_many_workers_as_asked_for_but_no_more_than_groups(make_config):
     ],
 )
 def test_workers_are_as_many_as_pay_off(make_config, seeds, overrides, expected):
-    jobs = [make_config(f"seed={seed}", *overrides) for seed in range(seeds)]
+    jobs = [replace(make_config(*overrides), seed=seed) for seed in range(seeds)]
     eight_cores = Hardware(cores=8, gpus=0, free_bytes=64 << 30)
     assert resources.choose_worker_count(jobs, plan.group_jobs(jobs), eight_cores) == expected
 
@@ -239,30 +253,30 @@ def test_workers_are_as_many_as_pay_off(make_config, seeds, overrides, expected)
 def test_no_worker_is_left_alone_with_a_long_group(make_config):
     # Two workers would do the third group with one core idle; in one process each has both cores.
     two_cores = Hardware(cores=2, gpus=0, free_bytes=64 << 30)
-    jobs = [make_config(f"seed={seed}", "epochs=40") for seed in range(10)]
+    jobs = [replace(make_config("epochs=40"), seed=seed) for seed in range(10)]
     assert resources.choose_worker_count(jobs[:3], plan.group_jobs(jobs[:3]), two_cores) == 1
     assert resources.choose_worker_count(jobs, plan.group_jobs(jobs), two_cores) == 2
 
 
 def test_each_gpu_gets_a_worker(make_config):
     four_gpus = Hardware(cores=8, gpus=4, free_bytes=64 << 30)
-    jobs = [make_config(f"seed={seed}") for seed in range(6)]
+    jobs = [replace(make_config(), seed=seed) for seed in range(6)]
     assert resources.choose_worker_count(jobs, plan.group_jobs(jobs), four_gpus) == 4
     assert resources.choose_worker_count(jobs[:2], plan.group_jobs(jobs[:2]), four_gpus) == 2
 
 
-def test_executors_give_every_group_its_own_answer():
+def test_in_one_process_every_group_gets_its_own_answer():
     assert dict(run_serial(abs, [-3, 4])) == {0: 3, 1: 4}
-    assert dict(dask_pool.run_parallel(abs, [-3, 4, -5], 2)) == {0: 3, 1: 4, 2: 5}
 
 
-def test_group_that_kills_every_worker_fails_alone():
-    answers = dict(dask_pool.run_parallel(_die_of_seven, [1, 7, 2], 2))
-    assert (answers[0], answers[2]) == (1, 2)
-    assert isinstance(answers[1], RunFailed)
+def test_in_workers_every_group_gets_its_own_answer_and_one_that_kills_its_workers_fails_alone():
+    answers = dict(dask_pool.run_parallel(_die_of_seven, [1, 7, 2, 4], 2))
+    failure = answers.pop(1)
+    assert answers == {0: -1, 2: -2, 3: -4}
+    assert isinstance(failure, RunFailed)
 
 
 def _die_of_seven(number):
     if number == 7:
         os._exit(1)
-    return number
+    return -number

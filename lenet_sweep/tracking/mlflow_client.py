@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
+_SILENCE_S = 3.0  # a server that sends nothing for so long does not respond
+_ANSWER_S = 4.0  # nor does one whose whole answer takes longer
 SQLITE = "sqlite:///"
 NOTE = "mlflow.note.content"  # the tag whose Markdown MLflow's pages show as a description
 _ABOUT = """Each run is one training of a LeNet variant, tagged with the `sweep_id` it belongs to.
@@ -266,7 +268,7 @@ def check_server(uri: str) -> None:
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=3).close()
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_SILENCE_S).close()
             answer.put(None)
         except (OSError, ValueError, http.client.HTTPException) as error:
             answer.put(error)
@@ -274,7 +276,7 @@ def check_server(uri: str) -> None:
     # A thread, because a socket's time-out starts anew with each byte.
     threading.Thread(target=ask, daemon=True).start()
     try:
-        error = answer.get(timeout=4)
+        error = answer.get(timeout=_ANSWER_S)
     except queue.Empty:
         error = TimeoutError("timed out")
     if error is None:
