@@ -42,7 +42,7 @@ ELSEWHERE = {
         "tests/test_predict.py",
         "test_predict_tells_the_networks_probabilities",
     ),
-    "python -m lenet_sweep predict RUN --elsewhere elsewhere.png": (
+    "python -m lenet_sweep predict RUN --ood ood.png": (
         "tests/test_predict.py",
         "test_pictures_from_elsewhere_are_compared",
     ),
