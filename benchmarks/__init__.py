@@ -1,1 +1,1 @@
-"""Measurements, side by side and interleaved; never run as tests."""
+"""Benchmarks. Their measurements are interleaved, and they never run as tests."""

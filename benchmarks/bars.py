@@ -1,4 +1,4 @@
-"""The ladder as a picture: a bar for each contender, with its range over the rounds."""
+"""The ladder as a bar chart: one bar per contender, with its range over the rounds."""
 
 import statistics
 from pathlib import Path
@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from benchmarks.ladder import Ladder, Rung, flops
 from lenet_sweep.analysis import charts
 
-WIDTH = 8  # inches, at 100 points each in a page of 800
+WIDTH = 8  # inches; 100 points per inch on a page 800 points wide
 
 
 def draw(ladder: Ladder, machine: dict[str, Any]) -> Figure:
-    """Examples/s of all that was measured, from the top, grouped by network, whole sweeps last."""
+    """Draw examples/s of all contenders, grouped by network, with whole sweeps at the bottom."""
     groups = list(dict.fromkeys(map(_group, ladder.measured)))
     rungs = sorted(ladder.measured, key=lambda rung: groups.index(_group(rung)))
     figure = Figure(figsize=(WIDTH, 1.6 + 0.32 * len(rungs)), layout="constrained")
@@ -35,7 +35,7 @@ def draw(ladder: Ladder, machine: dict[str, Any]) -> Figure:
     axes.invert_yaxis()
     axes.margins(y=0.02)
     axes.set_xlim(0, 1.15 * max(roof, *(max(rung.rates) for rung in rungs)))
-    axes.set_xlabel("examples/s, test pass and,\nfor a sweep, everything else included")
+    axes.set_xlabel("examples/s, including the test pass\nand, for a sweep, everything else")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.set_title(where(machine), fontsize=10, loc="left")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
@@ -49,13 +49,13 @@ def _group(rung: Rung) -> str:
 
 
 def where(machine: dict[str, Any]) -> str:
-    """The machine in words."""
+    """The machine as a line of text."""
     torch = machine["packages"]["torch"]
     return f"{machine['cpu']}, {machine['cpu_count']} cores, {machine['device']}, torch {torch}"
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the picture in the format of its name; the same numbers give the same file."""
+    """Write the chart in the format of the file name; the same numbers give the same file."""
     metadata = {"Date": None} if path.suffix == ".svg" else None
     with rc_context({"svg.hashsalt": "lenet_sweep"}):
         figure.savefig(path, dpi=200, metadata=metadata)

@@ -1,11 +1,11 @@
-"""What a newcomer waits for: a sweep's first command in an empty folder, against the tutorial's loop.
+"""How long the first command takes: a sweep in an empty folder, compared with the tutorial's loop.
 
 python -m benchmarks.cold_start [--rounds 3] [--epochs 10] [--json FILE]
 
-The sweep is the real command with nothing made yet: no compiled step and no database. The tutorial's
-loop trains the same runs one after the other, a process for each, as editing the learning rate and
-starting it again does. Both read the same files of Fashion-MNIST, and they take turns, so that noise
-of the machine meets both alike.
+The sweep is the real command, without a compiled step or a database. The tutorial's loop trains the same
+runs one after the other, each in a new process, like a user who edits the learning rate each time.
+Both read the same Fashion-MNIST files. The measurements are interleaved, so that machine noise affects
+both equally.
 """
 
 import argparse
@@ -22,7 +22,7 @@ LEARNING_RATES = ("0.1", "0.5", "0.9")
 
 
 def sweep_s(epochs: int) -> float:
-    """Wall seconds of the sweep, from the command to its last word."""
+    """Wall seconds of the sweep, from start to exit."""
     command = ["lenet_sweep", f"lr={','.join(LEARNING_RATES)}", f"epochs={epochs}", "-m"]
     return measurement.take(command, cold=True).wall_s
 
@@ -37,9 +37,9 @@ def tutorial_s(epochs: int) -> float:
 
 
 def table(sweeps: list[float], loops: list[float], epochs: int) -> Table:
-    """A row for each, and how many times as long the tutorial's loop takes, by medians."""
+    """One row each; `x sweep` is the median time relative to the sweep's."""
     title = f"{len(LEARNING_RATES)} runs x {epochs} epochs, {os.cpu_count()} cores, {len(sweeps)} rounds"
-    shown = measurement.table(title, "who", "wall s", "x sweep")
+    shown = measurement.table(title, "contender", "wall s", "x sweep")
     for name, seconds in (("lenet_sweep, cold", sweeps), ("tutorial's loop", loops)):
         times = statistics.median(seconds) / statistics.median(sweeps)
         shown.add_row(name, spread(seconds), f"{times:.2f}")
@@ -52,9 +52,9 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="also write every sample there")
+    parser.add_argument("--json", type=Path, help="also write every sample to FILE")
     chosen = parser.parse_args()
-    tutorial.raw_folder()  # fetches what is missing, which is no part of either
+    tutorial.raw_folder()  # downloads the dataset if it is missing, outside both measurements
     sweeps: list[float] = []
     loops: list[float] = []
     for _ in range(chosen.rounds):

@@ -1,7 +1,7 @@
-"""What the ladder compares: loops that take epochs, and sweeps that are whole commands.
+"""What the ladder compares: training loops, measured by epoch, and sweeps, measured as whole commands.
 
-Every loop lives in a process of its own, so that no switch or allocator of one changes another's
-speed, and ends an epoch when it is asked for one. All train the same two networks on the same data.
+Every loop runs in its own process, so that its settings and allocator do not change the speed of another.
+It trains one epoch per call. All loops train the same two networks on the same data.
 """
 
 import contextlib
@@ -36,35 +36,35 @@ ENDLESS = 1_000_000  # epochs
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contenders have in common."""
+    """What is the same for all contenders."""
 
-    device: str  # as devices.resolve takes it
+    device: str  # as in devices.resolve
     threads: int
     data: str
 
     @property
     def examples(self) -> int:
-        """Training examples of an epoch."""
+        """Training examples per epoch."""
         return TRAIN_EXAMPLES[self.data]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One epoch and its test pass, or one whole sweep."""
+    """One epoch including its test pass, or one whole sweep."""
 
     seconds: float
-    examples: int  # trained on, those of all runs
-    train_rate: float | None = None  # examples/s of the training part; None where it is not told apart
-    peak: Peak | None = None  # None where nobody looked
+    examples: int  # training examples of all runs together
+    train_rate: float | None = None  # examples/s without the test pass; None if it was not timed separately
+    peak: Peak | None = None  # None if memory was not measured
 
     @property
     def rate(self) -> float:
-        """Examples trained on a second, all that goes with it included."""
+        """Training examples per second of total time."""
         return self.examples / self.seconds
 
 
 class Contender(Protocol):
-    """What takes its turn: `take` returns the next sample, `warm_up` one that does not count, if any."""
+    """One competitor: `take` returns the next sample, `warm_up` an optional first one that is not counted."""
 
     @property
     def name(self) -> str: ...
@@ -76,7 +76,7 @@ class Contender(Protocol):
 
 
 class Recipe(Protocol):
-    """A loop: `epochs` yields a sample an epoch, without end."""
+    """A training loop: `epochs` yields one sample per epoch, without end."""
 
     @property
     def name(self) -> str: ...
@@ -110,7 +110,7 @@ class Tutorial:
 
 
 class Lightning(Tutorial):
-    """The same in PyTorch Lightning."""
+    """The tutorial's recipe in PyTorch Lightning."""
 
     @property
     def name(self) -> str:
@@ -143,7 +143,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Array:
-    """As many runs as one array; examples are those of all of them."""
+    """Several runs trained as one array; the examples of all runs are counted."""
 
     setting: Setting
     network: str
@@ -175,7 +175,7 @@ def _reached(outcome: EpochMetrics | RunFailed) -> EpochMetrics:
 
 
 def compose_config(*overrides: str) -> Config:
-    """The config that a command with these overrides would have, untracked."""
+    """The config of a command with these overrides, without tracking."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return to_config(compose("config", [*overrides, "tracking=none"]))
 
@@ -187,7 +187,7 @@ def _our_config(recipe: Recipe, *overrides: str) -> Config:
 
 
 class Loop:
-    """A recipe in its own process."""
+    """Runs a recipe in its own process."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.name, self.network = recipe.name, recipe.network
@@ -196,12 +196,12 @@ class Loop:
         self._pid: int | None = None
 
     def warm_up(self) -> Sample:
-        """The first epoch, which pays for imports, caches and clocks, with a look at the memory.
+        """The first epoch, which includes imports and filling caches. Memory is measured only here.
 
-        No later one is looked at, as that costs a fast epoch some percent.
+        Measuring it in every epoch would slow down a fast epoch by some percent.
         """
         settings = contextlib.nullcontext() if self._is_ours else measurement.without_our_settings()
-        with settings, _deaf_to_interrupts():  # which the new process inherits: it is ended by `close`
+        with settings, _deaf_to_interrupts():  # the new process inherits this; `close` ends it
             pid = self._process.submit(os.getpid)
         self._pid = pid.result()
         epoch = self._process.submit(_next_epoch)
@@ -209,11 +209,11 @@ class Loop:
         return replace(epoch.result(), peak=peak)
 
     def take(self) -> Sample:
-        """One more epoch."""
+        """Train one more epoch."""
         return self._process.submit(_next_epoch).result()
 
     def close(self) -> None:
-        """End the process, in the middle of an epoch too."""
+        """End the process, even during an epoch."""
         if self._pid:
             measurement.end(self._pid)
         self._process.shutdown()
@@ -233,8 +233,8 @@ _epochs: Iterator[Sample]
 
 def _start(recipe: Recipe) -> None:
     global _epochs
-    warnings.simplefilter("ignore")  # that there are more workers than cores, say
-    # DataLoaders would start their workers as this process was started, which takes them seconds an epoch.
+    warnings.simplefilter("ignore")  # for example, that there are more workers than cores
+    # Otherwise DataLoaders would spawn their workers like this process, which takes seconds per epoch.
     multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(recipe.setting.threads)
     _epochs = recipe.epochs()
@@ -246,10 +246,10 @@ def _next_epoch() -> Sample:
 
 @dataclass(frozen=True)
 class Sweep:
-    """One small sweep as a real command in an empty folder, from start to last word."""
+    """One small sweep: a real command in an empty folder, from start to exit."""
 
     setting: Setting
-    launcher: tuple[str, ...]  # the overrides that choose it
+    launcher: tuple[str, ...]  # the overrides that select it
     epochs: int
     network = "sigmoid/avg"
     rates = (0.3, 0.5, 0.7, 0.9)
@@ -259,7 +259,7 @@ class Sweep:
         return f"sweep, {' '.join(self.launcher)}"
 
     def warm_up(self) -> None:
-        """A command is what it is from its first time on."""
+        """Do nothing: a command needs no warm-up."""
 
     def take(self) -> Sample:
         setting = (f"data={self.setting.data}", f"device={self.setting.device}")
@@ -268,13 +268,13 @@ class Sweep:
         return Sample(cost.wall_s, len(self.rates) * self.epochs * self.setting.examples, None, cost.peak)
 
     def close(self) -> None:
-        """Nothing lives on."""
+        """Do nothing: no process is left."""
 
 
 def missing(package: str, what: str) -> bool:
-    """Whether an optional package is not installed; if so, say what is left out for that."""
+    """Whether an optional package is not installed; if so, print what is left out."""
     if importlib.util.find_spec(package):
         return False
-    measurement.say(f"{what}: left out, as {package.rpartition('.')[2]} is not installed; "
-                    "python -m pip install -e '.[bench]' adds it")  # fmt: skip
+    measurement.say(f"{what}: left out, because {package.rpartition('.')[2]} is not installed. "
+                    "Install it with: python -m pip install -e '.[bench]'")  # fmt: skip
     return True

@@ -1,16 +1,18 @@
-"""How fast one epoch and one sweep are, from the tutorial's loop to ours, and how near to the roof.
+"""Compares the speed of one epoch and of one sweep with other loops and with the roof of the machine.
 
 python -m benchmarks.ladder [--rounds 3] [--only WORD...] [--json FILE] [--picture FILE]
-python -m benchmarks.ladder --rounds 1 --only tutorial backend --loader-workers 0      a first look
+python -m benchmarks.ladder --rounds 1 --only tutorial backend --loader-workers 0      a quick run
 
-The contenders take turns, an epoch with its test pass or a whole sweep each, so that noise of the
-machine meets all alike; the table has medians and ranges over the rounds. The roof is the fastest
-float32 matrix product of the same rounds. A loop's start-up (imports, compiling, reading the data)
-is in no figure: its first epoch does not count. A sweep is a real command in an empty folder, with
-all that it does from start to end; only its step is compiled and its dataset fetched before.
+A round measures every contender once: one epoch including its test pass, or one whole sweep. Rounds
+interleave the contenders, so that machine noise affects all of them equally. The table shows medians and
+ranges over the rounds. The roof is the fastest float32 matrix product of the same rounds.
 
-Memory is what all of a contender's processes took together at the worst moment of its first epoch
-or of its sweeps, and the most that one of them took of its own. Ctrl-C ends with what there is.
+The start-up of a loop (imports, compiling, reading the data) is excluded, because its first epoch is not
+counted. A sweep is a real command in an empty folder, measured from start to exit. Only compiling the step
+and downloading the dataset are done before.
+
+Memory is the peak of all of a contender's processes together, and the peak of the largest process alone,
+measured during its first epoch or its sweeps. Ctrl-C prints the results so far.
 """
 
 import argparse
@@ -50,7 +52,7 @@ from lenet_sweep.training import devices
 
 @dataclass
 class Rung:
-    """What a contender reached, a sample a round."""
+    """The results of a contender: one sample per round."""
 
     name: str
     network: str
@@ -67,7 +69,7 @@ class Rung:
         return [sample.train_rate for sample in self.samples if sample.train_rate is not None]
 
     def look(self, sample: Sample) -> None:
-        """Note the memory of a sample, be it counted or not."""
+        """Record the memory of a sample, whether it is counted or not."""
         if sample.peak:
             self.peak_mib = max(self.peak_mib, sample.peak.all_mib)
             self.largest_mib = max(self.largest_mib, sample.peak.largest_mib)
@@ -75,7 +77,7 @@ class Rung:
 
 @dataclass
 class Ladder:
-    """All rungs, and the roof: FLOP/s of a matrix product, the best of each round begun."""
+    """All rungs, and the roof: FLOP/s of the fastest matrix product of each round."""
 
     rungs: list[Rung] = field(default_factory=list)
     roofs: list[float] = field(default_factory=list)
@@ -89,20 +91,20 @@ class Ladder:
         return [rung for rung in self.rungs if rung.samples]
 
     def times_tutorial(self, rung: Rung) -> float | None:
-        """How many times as fast as the tutorial's loop, with its best number of workers."""
+        """Speed relative to the tutorial's loop with its best number of workers."""
         loops = [r for r in self.measured if r.network == rung.network and r.name.startswith(TUTORIAL)]
         if not loops:
             return None
         return statistics.median(rung.rates) / max(statistics.median(loop.rates) for loop in loops)
 
     def share_of_roof(self, rung: Rung) -> float:
-        """Of training where that is told apart, else of everything."""
+        """Share for training alone if it was timed separately, otherwise for everything."""
         rate = statistics.median(rung.train_rates or rung.rates)
         return rate * flops(rung.network) / self.roof
 
 
 def flops(network: str) -> int:
-    """Operations of training on one example."""
+    """Floating-point operations of training on one example."""
     model = compose_config(f"model={MODELS[network][0]}").model
     return shapes.training_flops(model, IMAGE_SHAPE, CLASSES)
 
@@ -110,7 +112,7 @@ def flops(network: str) -> int:
 def contenders(
     setting: Setting, loader_workers: Sequence[int], widths: Sequence[int], sweep_epochs: int
 ) -> list[Contender]:
-    """Everything that is compared; of optional packages, what is installed."""
+    """Everything that is compared; optional packages are included if they are installed."""
     recipes: list[Recipe] = []
     has_lightning = not missing("lightning", "Lightning")
     backends = ("torch", "native") if devices.resolve(setting.device).type == "cpu" else ("torch",)
@@ -124,7 +126,7 @@ def contenders(
 
 
 def launchers() -> list[tuple[str, ...]]:
-    """The overrides that choose each launcher; those with workers get one for each run or core."""
+    """The overrides that select each launcher; those with workers get one per run or core."""
     count = max(2, min(len(Sweep.rates), hardware.cores()))
     chosen = [("sweep.workers=1",), (f"sweep.workers={count}",), ("hydra/launcher=basic",)]
     if not missing("hydra_plugins.hydra_joblib_launcher", "hydra/launcher=joblib"):
@@ -133,7 +135,7 @@ def launchers() -> list[tuple[str, ...]]:
 
 
 def climb(ladder: Ladder, those: Sequence[Contender], rounds: int, device: torch.device) -> Iterator[str]:
-    """Let all take their turns, `rounds` times after a first one that does not count; say each result."""
+    """Measure all contenders in `rounds` rounds, after one that is not counted; yield a line per result."""
     ladder.rungs += [Rung(contender.name, contender.network) for contender in those]
     took_s: dict[str, float] = {}
     turns = [
@@ -157,13 +159,13 @@ def climb(ladder: Ladder, those: Sequence[Contender], rounds: int, device: torch
 
 
 def _time_left(turns_s: Sequence[float | None]) -> str:
-    """How long the turns that are left will take, of some of which nothing is known."""
+    """Estimate the time of the remaining turns; None is a turn of unknown duration."""
     known = [seconds for seconds in turns_s if seconds is not None]
     return f"{'about' if len(known) == len(turns_s) else 'more than'} {sum(known) / 60:.1f} min left"
 
 
 def matmul_rate(device: torch.device, size: int | None = None) -> float:
-    """FLOP/s of a float32 matrix product, best of a few."""
+    """FLOP/s of a float32 matrix product, the best of several."""
     size = size or (2048 if device.type == "cpu" else 8192)
     a, b = (torch.randn(size, size, device=device) for _ in range(2))
     c = torch.empty_like(a)
@@ -177,7 +179,7 @@ def matmul_rate(device: torch.device, size: int | None = None) -> float:
 
 
 def table(ladder: Ladder) -> Table:
-    """A row for each contender that has taken a turn."""
+    """One row per contender that has been measured."""
     title = f"float32 matrix product: {ladder.roof / 1e9:,.0f} GFLOP/s"
     rates = ("examples/s, training", "all in", "x tutorial", "of roof")
     shown = measurement.table(title, "contender", "network", *rates, "MiB, all", "largest", words=2)
@@ -201,20 +203,20 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    words = "contenders whose name or network holds one of these words, say: tutorial native"
-    widths = "runs in one array; by default 1 8 32 128 on CUDA and none elsewhere"
-    loader_workers = "numbers of DataLoader workers to try; by default 0 and one for each core"
-    add("--rounds", type=int, default=3, help="after one that is not counted")
+    words = "only contenders with one of these words in the name or network, such as: tutorial native"
+    widths = "runs per array; default: 1 8 32 128 on CUDA, none on other devices"
+    loader_workers = "numbers of DataLoader workers to try; default: 0 and one per core"
+    add("--rounds", type=int, default=3, help="number of rounds, after one that is not counted")
     add("--only", nargs="+", default=[""], metavar="WORD", help=words)
     add("--device", default="auto")
-    add("--threads", type=int, default=torch.get_num_threads(), help="of a loop")
+    add("--threads", type=int, default=torch.get_num_threads(), help="threads of each loop")
     add("--data", choices=TRAIN_EXAMPLES, default="fashion_mnist")
     add("--loader-workers", type=int, nargs="+", default=sorted({0, hardware.cores()}), metavar="N",
         help=loader_workers)  # fmt: skip
     add("--fused", type=int, nargs="*", metavar="N", help=widths)
-    add("--sweep-epochs", type=int, default=5, help="of each of a sweep's four runs")
-    add("--json", type=Path, help="also write every sample there")
-    add("--picture", type=Path, help="also draw the table there: .png, .svg or .pdf")
+    add("--sweep-epochs", type=int, default=5, help="epochs of each of the four runs of a sweep")
+    add("--json", type=Path, help="also write every sample to FILE")
+    add("--picture", type=Path, help="also draw the table as a chart: .png, .svg or .pdf")
     return parser.parse_args()
 
 
@@ -228,7 +230,7 @@ def main() -> int:
     those = [c for c in everyone if any(word in f"{c.name} {c.network}" for word in chosen.only)]
     if not those:
         names = "\n".join(dict.fromkeys(c.name for c in everyone))
-        raise SystemExit(f"--only {' '.join(chosen.only)}: no contender is called that; there are\n{names}")
+        raise SystemExit(f"--only {' '.join(chosen.only)}: no contender is called that. Contenders:\n{names}")
     ladder, code = Ladder(), 0
     try:
         measurement.warm_up(chosen.data, f"device={device}")
@@ -246,7 +248,7 @@ def main() -> int:
 
 
 def report(ladder: Ladder, machine: dict[str, object], chosen: argparse.Namespace) -> None:
-    """Print the table, and write what was asked for."""
+    """Print the table, and write the requested files."""
     if not ladder.measured:
         return
     measurement.show(table(ladder))

@@ -1,6 +1,6 @@
-"""The tutorial's recipe as PyTorch Lightning's users write it, on the same network and DataLoaders.
+"""The tutorial's recipe as users of PyTorch Lightning write it, with the same network and DataLoaders.
 
-Logging, checkpoints, progress bar and summaries are off, so that nothing is timed but training.
+Logging, checkpoints, progress bar and summaries are off, so that only training is timed.
 """
 
 import logging
@@ -20,12 +20,12 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Classifier(lightning.LightningModule):
-    """Sums up an epoch's losses and right answers, as the tutorial's loop does."""
+    """Sums the losses and correct predictions of an epoch, like the tutorial's loop."""
 
     def __init__(self, net: nn.Module, lr: float) -> None:
         super().__init__()
         self.net, self.lr = net, lr
-        self.totals: dict[str, Tensor] = {}  # by part: sum of losses, number right, number seen
+        self.totals: dict[str, Tensor] = {}  # by part: sum of losses, number correct, number seen
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         return self._step(batch, "train")
@@ -47,14 +47,14 @@ class Classifier(lightning.LightningModule):
 
 
 class Clock(lightning.Callback):
-    """Times an epoch from its start to its end; Lightning validates before the end."""
+    """Times an epoch from start to end, including validation."""
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self._started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         assert isinstance(module, Classifier)
-        self.totals = {part: sums.tolist() for part, sums in module.totals.items()}  # waits for the device
+        self.totals = {part: sums.tolist() for part, sums in module.totals.items()}  # host-device sync
         module.totals.clear()
         self.seconds = time.perf_counter() - self._started
 
@@ -64,10 +64,10 @@ def epochs(
 ) -> Iterator[tuple[float, float, float, float]]:
     """Train without end; yield an epoch's train loss, train accuracy, test accuracy and seconds.
 
-    The trainer is asked for one epoch more each time. What it sets up for that is outside of the
-    seconds, as a user who asks for all epochs at once pays it once.
+    The trainer runs one more epoch each time. Its set-up is not timed, because a user who trains all
+    epochs at once pays for it only once.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it tells what it found, and gives tips
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # hides device information and tips
     train = DataLoader(Pictures(root, "train"), 256, shuffle=True, num_workers=workers)
     test = DataLoader(Pictures(root, "t10k"), 256, shuffle=False, num_workers=workers)
     module, clock = Classifier(net, lr), Clock()

@@ -1,7 +1,7 @@
-"""What the measurements share: a command in an empty folder, its memory, a table, a file of samples.
+"""Shared by all benchmarks: running a command in an empty folder, its memory, tables, files of samples.
 
-Memory is what all processes of a family take together at the worst moment (PSS: a page that n
-processes share counts 1/n for each), and the most that any one of them takes of its own (USS).
+Memory is the peak of a process and its descendants together (PSS: a page shared by n processes counts
+1/n for each), and the peak of the largest of them alone (USS).
 """
 
 import contextlib
@@ -24,30 +24,30 @@ from rich.table import Table
 from lenet_sweep.paths import PACKAGE
 from lenet_sweep.storage.environment import describe_environment
 
-_LOOK_EVERY_S = 0.5  # a look costs some 10 ms for each process
+_LOOK_EVERY_S = 0.5  # one look costs about 10 ms per process
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most memory that a family of processes took."""
+    """Peak memory of a process and its descendants."""
 
-    all_mib: float  # of all processes together, shared pages once
-    largest_mib: float  # of the largest process, its own pages
+    all_mib: float  # all processes together; shared pages are counted once
+    largest_mib: float  # the largest process, only its own pages
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command took."""
+    """Time and memory of a command."""
 
     wall_s: float
     peak: Peak
 
 
 def take(command: Sequence[str], *, cold: bool = False) -> Cost:
-    """Run `python -m COMMAND` in an empty folder, which is removed again, with the datasets at hand.
+    """Run `python -m COMMAND` in a new empty folder, with the datasets available; remove the folder.
 
-    `cold` hides the compiled steps of earlier commands. However the waiting ends, nothing that was
-    started lives on.
+    `cold` hides the compiled steps of earlier commands. All started processes are ended, even after an
+    error or an interrupt.
 
     Raises:
         SystemExit: if the command fails.
@@ -74,7 +74,7 @@ def take(command: Sequence[str], *, cold: bool = False) -> Cost:
 
 @contextlib.contextmanager
 def without_our_settings() -> Iterator[None]:
-    """Start other loops as their users do: without the waiting that lenet_sweep sets for OpenMP."""
+    """Start other loops as their users do: without the OpenMP wait policy that lenet_sweep sets."""
     ours = os.environ.pop("GOMP_SPINCOUNT", None)
     try:
         yield
@@ -84,7 +84,7 @@ def without_our_settings() -> Iterator[None]:
 
 
 def _surroundings() -> dict[str, str]:
-    """The datasets and this code, as an empty folder finds them."""
+    """Environment variables that make the datasets and this code available in an empty folder."""
     before = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     return {
         "LENET_SWEEP_DATA": os.path.abspath(os.environ.get("LENET_SWEEP_DATA", "data")),
@@ -93,29 +93,29 @@ def _surroundings() -> dict[str, str]:
 
 
 def warm_up(data: str, *overrides: str) -> None:
-    """Fetch the dataset and compile both networks' steps, so that later commands find them."""
+    """Download the dataset and compile the steps of both networks, so that later commands reuse them."""
     take(["lenet_sweep", "data", data])
     both = ("model=lenet,lenet_relu_max", "data=fashion_mnist_mini", "epochs=1", "tracking=none")
     take(["lenet_sweep", *both, *overrides, "-m"])
 
 
 def watch(pid: int, has_ended: Callable[[float], bool]) -> Peak:
-    """Look at the memory of a process and its descendants until `has_ended`, which waits some seconds."""
+    """Sample the memory of a process and its descendants until `has_ended`, which waits some seconds."""
     everything = largest = 0
     while True:
         alone, together = [0], 0
         for member in _family(pid):
-            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            with contextlib.suppress(psutil.NoSuchProcess):  # the process has just ended
                 info = member.memory_full_info()
                 alone.append(info.uss)
-                together += getattr(info, "pss", info.uss)  # only Linux counts shares
+                together += getattr(info, "pss", info.uss)  # PSS exists only on Linux
         everything, largest = max(everything, together), max(largest, *alone)
         if has_ended(_LOOK_EVERY_S):
             return Peak(everything / 2**20, largest / 2**20)
 
 
 def end(pid: int) -> None:
-    """Kill a process and its descendants, those that are left."""
+    """Kill a process and its descendants, if they still run."""
     for member in _family(pid):
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
@@ -138,7 +138,7 @@ def _has_ended(process: "subprocess.Popen[bytes]", seconds: float) -> bool:
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Median and range; nothing of nothing."""
+    """Median and range as text; empty if there are no values."""
     if not values:
         return ""
     median, low, high = (f"{x:,.{digits}f}" for x in (statistics.median(values), min(values), max(values)))
@@ -146,7 +146,7 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def table(title: str, *headings: str, words: int = 1) -> Table:
-    """An empty table whose first `words` columns hold words, the others numbers."""
+    """An empty table: the first `words` columns are left-aligned text, the others right-aligned numbers."""
     empty = Table(title=title, title_justify="left")
     for place, heading in enumerate(headings):
         empty.add_column(heading, no_wrap=True, justify="left" if place < words else "right")
@@ -154,21 +154,21 @@ def table(title: str, *headings: str, words: int = 1) -> Table:
 
 
 def show(what: Table) -> None:
-    """Print a table whole, however narrow the terminal."""
+    """Print a table in full width, whatever the width of the terminal."""
     Console(width=170).print(what)
 
 
 def say(text: str) -> None:
-    """Tell whoever waits for a table."""
+    """Print progress to standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
 def machine(what: str, device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
-    """Where this is measured: what every file of samples begins with."""
+    """Facts about this machine, for the head of every file of samples."""
     return describe_environment(device, threads or os.cpu_count() or 1, what)
 
 
 def write(file: Path | None, machine: dict[str, Any], **samples: Any) -> None:
-    """Write every sample as JSON, if a file was asked for."""
+    """Write every sample as JSON, if `file` is given."""
     if file:
         file.write_text(json.dumps({"machine": machine, **samples}, indent=1), encoding="utf-8")

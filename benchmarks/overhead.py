@@ -1,10 +1,10 @@
-"""What a job of a sweep costs beyond its training: 50 short jobs, and where their time goes.
+"""Measures the overhead of a sweep's job beyond its training: 50 short jobs, timed part by part.
 
 python -m benchmarks.overhead [--jobs 50] [--json FILE]
 
-One process runs a real sweep of one short epoch each in an empty folder, with the calls below timed.
-The first job, which imports torch and mlflow, is shown by itself. A part holds no other part's time;
-`else` is what no part holds, Hydra's own work on a job among it.
+One process runs a real sweep in an empty folder, with one short epoch per job, and times the calls below.
+The first job imports torch and mlflow, so it has its own column. The time of a nested part counts only for
+that part. `else` is the remaining time, including Hydra's work on a job.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from lenet_sweep.sweeps import group
 from lenet_sweep.tracking.mlflow_run import MlflowRun
 from lenet_sweep.tracking.mlflow_store import MlflowStore
 
-# Functions and methods by part, each with where it is looked up when it is called.
+# Functions and methods by part, with the module or class through which they are called.
 PARTS: dict[str, tuple[tuple[ModuleType | type, str], ...]] = {
     "look for finished runs": ((MlflowStore, "finished"), (run_index, "look_up")),
     "data, network, backend": ((session, "prepare"),),
@@ -42,23 +42,23 @@ PARTS: dict[str, tuple[tuple[ModuleType | type, str], ...]] = {
     "tracking: end": ((MlflowRun, "end"),),
     "checkpoint": ((checkpoint, "save"),),
     "weights and plots": ((outputs, "save"),),
-    "printed lines": ((progress, "say"),),
+    "console output": ((progress, "say"),),
 }
 
 
 class Clock:
-    """Seconds that each part took in each job, nested ones only counted once: for the inner part."""
+    """Seconds of each part of each job. Nested time counts only for the inner part."""
 
     def __init__(self) -> None:
         self.jobs: list[Counter[str]] = []
-        self._inner_s: list[float] = []  # for each call under way, what its inner ones took
+        self._inner_s: list[float] = []  # for each active call, the time of its nested calls
 
     def time(self, owner: ModuleType | type, name: str, part: str) -> None:
         """Time the calls of `owner.name` from now on."""
         setattr(owner, name, self._timed(getattr(owner, name), part))
 
     def time_jobs(self, owner: ModuleType, name: str) -> None:
-        """Begin a job with each call of `owner.name`, and time it whole."""
+        """Start a new job with each call of `owner.name`, and time the whole call."""
         call = self._timed(getattr(owner, name), "else")
 
         def job(*given: Any, **named: Any) -> Any:
@@ -86,7 +86,7 @@ class Clock:
 
 
 def measure(jobs: int, folder: Path) -> list[Counter[str]]:
-    """Run the sweep in `folder`; return the seconds of each part of each job, training among them."""
+    """Run the sweep in `folder`; return the seconds of each part of each job, including training."""
     clock = Clock()
     for part, calls in PARTS.items():
         for owner, name in calls:
@@ -107,9 +107,9 @@ def measure(jobs: int, folder: Path) -> list[Counter[str]]:
 
 
 def table(jobs: list[Counter[str]]) -> Table:
-    """A row for each part: the first job, and the median and range of the others."""
-    title = f"ms of a job, {len(jobs)} jobs, {os.cpu_count()} cores"
-    shown = measurement.table(title, "part", "first job", "every other")
+    """One row per part: the first job, and median and range of the others."""
+    title = f"ms per job, {len(jobs)} jobs, {os.cpu_count()} cores"
+    shown = measurement.table(title, "part", "first job", "other jobs")
     beyond = [job.total() - job["training"] for job in jobs]
     rows = {part: [job[part] for job in jobs] for part in ("training", *PARTS, "else")}
     for name, seconds in (rows | {"all but training": beyond}).items():
@@ -123,7 +123,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--jobs", type=int, default=50, help="at least 2")
-    parser.add_argument("--json", type=Path, help="also write every sample there")
+    parser.add_argument("--json", type=Path, help="also write every sample to FILE")
     chosen = parser.parse_args()
     file = chosen.json.absolute() if chosen.json else None
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
-"""Runs the published comparisons of conf/experiment/ and writes docs/results.md from what they left.
+"""Runs the published comparisons of conf/experiment/ and writes docs/results.md from their results.
 
 python -m benchmarks.results [NAME...] [--folder outputs/published]
 
-Each comparison is a sweep like any other: interrupted, it goes on; finished, it is only compared
-again. Tables and sentences are those of `python -m lenet_sweep compare`, pictures its figures.
+Each comparison is an ordinary sweep. An interrupted one resumes, and a finished one is only compared
+again. Tables, sentences and figures come from `python -m lenet_sweep compare`.
 """
 
 import argparse
@@ -20,40 +20,42 @@ from lenet_sweep.inspection import plots, predict
 from lenet_sweep.paths import conf_dir
 from lenet_sweep.storage.environment import describe_environment
 from lenet_sweep.tracking import mlflow_query
+from lenet_sweep.tracking.mlflow_store import MlflowStore
 
 DOCS = Path(__file__).parents[1] / "docs"
-ELSEWHERE = "activations_ood"  # its runs are looked into, not compared
+ELSEWHERE = "activations_ood"  # its runs are inspected, not compared
 
 HEAD = """# Results
 
-Each section is one sweep of `conf/experiment/`: its question, its command, and what it showed. Test
-accuracy after the last epoch: mean and standard deviation over three seeds, 95 % interval of the mean;
-`~` cannot be told from the best (Welch's t-test, Holm's correction). Settings are compared on the test
-set, so the winner of many is a little flattered. All of it is written by `python -m benchmarks.results`.
+Each section is one sweep of `conf/experiment/`: its question, its command and its result. The numbers
+are test accuracies after the last epoch: mean and standard deviation over three seeds, and the 95 %
+interval of the mean. Settings marked `~` are not significantly worse than the best one (Welch's t-test,
+Holm's correction). The best setting is chosen on the test set, so its score is slightly optimistic.
+`python -m benchmarks.results` writes this page.
 
 Trained on: {machine}.
 """
 
 
 def experiments() -> list[str]:
-    """The published comparisons, by name."""
+    """The names of the published comparisons."""
     return sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 
 
 def question(name: str) -> tuple[str, str]:
-    """The command and the question that a comparison's file opens with."""
+    """The command and the question at the top of a comparison's file."""
     lines = (conf_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     return lines[1].removeprefix("# "), lines[2].removeprefix("# ")
 
 
 def train(name: str, folder: Path) -> None:
-    """Run the comparison's sweep, or what is missing of it."""
+    """Run the comparison's sweep, or the runs that are missing."""
     _command(folder, f"+experiment={name}", f"tracking.experiment={name}", "-m")
     (folder / f"{name}.done").touch()
 
 
 def section(name: str, folder: Path) -> str:
-    """The comparison in Markdown; its pictures go to docs/images/."""
+    """The comparison in Markdown; its plots go to docs/images/."""
     (DOCS / "images").mkdir(parents=True, exist_ok=True)
     command, asked = question(name)
     parts = [f"## {asked}", f"```bash\n{command}\n```"]
@@ -62,7 +64,7 @@ def section(name: str, folder: Path) -> str:
 
 
 def _compared(name: str, folder: Path) -> list[str]:
-    """What `compare` says of the experiment, and its figures."""
+    """The output of `compare` for the experiment, and its figures."""
     with tempfile.TemporaryDirectory() as temporary:
         table, figures = Path(temporary) / "table.md", Path(temporary) / "figures"
         everything = ["--filter", "attributes.status != 'RUNNING'", f"tracking.experiment={name}"]
@@ -77,7 +79,7 @@ def _compared(name: str, folder: Path) -> list[str]:
 
 
 def _elsewhere(folder: Path) -> list[str]:
-    """For each network how sure its first seed is of pictures of each kind, and their activations."""
+    """For each network, the confidence of its first seed on each kind of image, and its activations."""
     parts = []
     with contextlib.chdir(folder):
         store = MlflowConfig(name="mlflow", uri="sqlite:///mlruns/mlflow.db", experiment=ELSEWHERE)
@@ -85,15 +87,15 @@ def _elsewhere(folder: Path) -> list[str]:
             store, "params.seed = '0' and attributes.status = 'FINISHED'", ("test/acc",)
         )
         for run in runs:
-            trained = predict.load(run.name, store)
+            trained = predict.load(run.name, MlflowStore(store))
             found = predict.activation_stats(trained, Path(trained.config.data.root))
             network = trained.config.model.name
             target = DOCS / "images" / f"{ELSEWHERE}_{network}.png"
             plots.activation_stats(found, f"{network} trained on {trained.config.data.name}", target)
-            sure = [f"{float(kind.surest.mean()):.2f} of {kind.kind}" for kind in found]
-            right = f"recognises {run.last('test/acc'):.2f} of the test pictures"
+            sure = [f"{float(kind.surest.mean()):.2f} ({kind.kind})" for kind in found]
+            right = f"classifies {run.last('test/acc'):.2f} of the test images correctly"
             parts += [
-                f"**{network}** {right}. How sure it is, on average: {', '.join(sure)}.",
+                f"**{network}** {right}. Mean confidence: {', '.join(sure)}.",
                 f"![{network}: activations](images/{target.name})",
             ]
     return parts
@@ -101,7 +103,7 @@ def _elsewhere(folder: Path) -> list[str]:
 
 def _command(folder: Path, *arguments: str) -> None:
     done = subprocess.run([sys.executable, "-m", "lenet_sweep", *arguments], cwd=folder)
-    if done.returncode not in (0, 1):  # a run that diverges is a result
+    if done.returncode not in (0, 1):  # a diverged run is a result too
         raise SystemExit(done.returncode)
 
 
@@ -111,7 +113,7 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all, {', '.join(experiments())}")
     parser.add_argument(
-        "--folder", type=Path, default=Path("outputs") / "published", help="where it is trained"
+        "--folder", type=Path, default=Path("outputs") / "published", help="folder to train in"
     )
     chosen = parser.parse_args()
     chosen.folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""What a whole sweep costs: wall seconds and peak memory against the number of runs, epochs and workers.
+"""The cost of whole sweeps: wall time and peak memory by number of runs, epochs and workers.
 
 python -m benchmarks.scaling [--rounds 3] [--json FILE]
 
-Every figure is a real command in an empty folder, imports, database, plots and tracking included, and
-all of them are taken in turn, so that noise of the machine meets all alike. The compiled step is in
-its cache already. Memory is what the sweep's processes take together at the worst moment (PSS: a page
-that n of them share counts 1/n for each), and the most that a single worker takes of its own.
+Every number is measured with a real command in an empty folder, including imports, database, plots and
+tracking. The measurements are interleaved, so that machine noise affects all sweeps equally. The compiled
+step is already in its cache. Memory is the peak of all processes of the sweep together (PSS: a page shared
+by n of them counts 1/n for each), and the peak of the largest process alone.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from rich.table import Table
 from benchmarks import measurement
 from benchmarks.measurement import Cost, spread
 
-# By what grows: runs, epochs, the same epochs as prefixes of each other, workers.
+# Each group varies one thing: runs, epochs, sharing of epochs, workers.
 SWEEPS = {
     "1 run x 10 epochs": ("lr=0.9", "epochs=10"),
     "3 runs x 10 epochs": ("lr=0.1,0.5,0.9", "epochs=10"),
     "3 lr x epochs 5, 10, 20, shared": ("lr=0.1,0.5,0.9", "epochs=5,10,20"),
-    "3 lr x epochs 5, 10, 20, each by itself": ("lr=0.1,0.5,0.9", "epochs=5,10,20", "sweep.rerun=true"),
+    "3 lr x epochs 5, 10, 20, not shared": ("lr=0.1,0.5,0.9", "epochs=5,10,20", "sweep.rerun=true"),
     "12 runs x 10 epochs, 1 worker": ("lr=0.1,0.5,0.9", "seed=range(4)", "sweep.workers=1"),
     "12 runs x 10 epochs, 2 workers": ("lr=0.1,0.5,0.9", "seed=range(4)", "sweep.workers=2"),
     "50 runs x 1 short epoch": ("seed=range(50)", "epochs=1", "data=fashion_mnist_mini"),
@@ -37,7 +37,7 @@ SWEEPS = {
 
 @dataclass
 class Sweep:
-    """A sweep and what it took, a value for each round."""
+    """A sweep and its costs, one per round."""
 
     name: str
     costs: list[Cost] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Sweep:
 
 
 def table(sweeps: list[Sweep]) -> Table:
-    """A row for each sweep: medians, and the ranges of the rounds."""
+    """One row per sweep: median and range over the rounds."""
     title = f"{os.cpu_count()} cores, {len(sweeps[0].costs)} rounds"
     shown = measurement.table(title, "sweep", "wall s", "peak MiB, all processes", "largest process alone")
     for sweep in sweeps:
@@ -65,8 +65,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", default=[], help="sweeps whose name holds one of these words")
-    parser.add_argument("--json", type=Path, help="also write every sample there")
+    parser.add_argument("--only", nargs="*", default=[], help="sweeps with one of these words in the name")
+    parser.add_argument("--json", type=Path, help="also write every sample to FILE")
     chosen = parser.parse_args()
     names = [name for name in SWEEPS if not chosen.only or any(word in name for word in chosen.only)]
     measurement.warm_up("fashion_mnist")

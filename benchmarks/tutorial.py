@@ -1,6 +1,6 @@
-"""The tutorial's own training loop, written independently of lenet_sweep: Dataset, DataLoader, autograd.
+"""The tutorial's own training loop, independent of lenet_sweep: Dataset, DataLoader, autograd.
 
-python -m benchmarks.tutorial --epochs 10 --lr 0.9     trains it once and prints its last words
+python -m benchmarks.tutorial --epochs 10 --lr 0.9     trains once and prints the result
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torchvision import transforms
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """Fashion-MNIST as torchvision's dataset class gives it: one PIL image at a time through ToTensor."""
+    """Fashion-MNIST as in torchvision's dataset class: one PIL image at a time, through ToTensor."""
 
     def __init__(self, root: Path, prefix: str) -> None:
         self._images = _read(root / f"{prefix}-images-idx3-ubyte", 16).reshape(-1, 28, 28)
@@ -35,7 +35,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
 
 def network(relu_max: bool) -> nn.Sequential:
-    """The tutorial's LeNet, or the same with ReLU and max pooling."""
+    """The tutorial's LeNet, or the same network with ReLU and max pooling."""
     activation: type[nn.Module] = nn.ReLU if relu_max else nn.Sigmoid
     pool: type[nn.Module] = nn.MaxPool2d if relu_max else nn.AvgPool2d
     net = nn.Sequential(
@@ -96,7 +96,7 @@ def _read(path: Path, header: int) -> "np.ndarray[tuple[int], np.dtype[np.uint8]
 
 
 def raw_folder(data: str = "fashion_mnist") -> Path:
-    """Where the raw files of a dataset lie, fetched if need be."""
+    """The folder of a dataset's raw files; downloads them if they are missing."""
     from lenet_sweep.datasets import download
 
     return download.ensure(data, Path(os.environ.get("LENET_SWEEP_DATA", "data")))
@@ -108,7 +108,7 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--lr", type=float, default=0.9)
-    parser.add_argument("--workers", type=int, default=0, help="of the DataLoaders")
+    parser.add_argument("--workers", type=int, default=0, help="number of DataLoader workers")
     chosen = parser.parse_args()
     started = time.perf_counter()
     trained = epochs(network(False), raw_folder(), chosen.lr, chosen.workers, torch.device("cpu"))
@@ -116,7 +116,7 @@ def main() -> None:
         loss, train_acc, test_acc, _ = next(trained)
     seconds = time.perf_counter() - started
     print(f"loss {loss:.3f}, train acc {train_acc:.3f}, test acc {test_acc:.3f}")
-    print(f"{70_000 * chosen.epochs / seconds:.1f} examples/sec, test pass included")
+    print(f"{70_000 * chosen.epochs / seconds:.1f} examples/sec, including the test pass")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Builds the small dataset that ships inside the package from the real Fashion-MNIST.
+"""Builds the small dataset that ships with the package from the full Fashion-MNIST.
 
     python tools/make_mini.py [DATA_ROOT]
 
-Takes the first 200 training and the first 50 test images of each class, in their original order, and
-writes the four IDX files, gzipped, to lenet_sweep/datasets/embedded/fashion_mnist_mini/. Unpacked they are
-the same on every machine; prints their SHA-256 sums, which lenet_sweep/sources.py has to hold.
+It selects the first 200 training images and the first 50 test images of each class, in their original
+order. It writes the four IDX files, gzipped, to lenet_sweep/datasets/embedded/fashion_mnist_mini/. The
+unpacked files are the same on every machine. It prints their SHA-256 sums, which belong in
+lenet_sweep/datasets/catalog.py.
 """
 
 import gzip
@@ -38,7 +39,7 @@ def mini_files(real: Path) -> dict[str, bytes]:
         )
         labels_N = np.fromfile(real / f"{part}-labels-idx1-ubyte", np.uint8, offset=8)
         chosen = np.sort(np.concatenate([np.flatnonzero(labels_N == i)[:per_class] for i in range(10)]))
-        # IDX: a magic number (8 = uint8, then the number of dimensions), each dimension, the elements.
+        # IDX: a magic number (8 = uint8, then the number of dimensions), every dimension's size, the data.
         files[f"{part}-images-idx3-ubyte"] = (
             struct.pack(">4I", 0x0803, len(chosen), 28, 28) + images_N28x28[chosen].tobytes()
         )

@@ -1,9 +1,9 @@
-"""Takes the pictures of README.md and docs/ anew: the real commands, a real browser.
+"""Takes the screenshots of README.md and docs/, with the real commands and a real browser.
 
 python -m tools.screenshots [--folder outputs/screenshots] [--to docs/images] [KEY=VALUE...]
 
-Needs Debian's chromium and the extra `test`. The sweep is trained once; given again, only the
-pictures are taken. Further words are overrides of the sweep, for a quick look.
+It needs Debian's chromium and the extra `test`. The sweep is trained only once; later calls only take the
+screenshots. KEY=VALUE overrides the sweep, for a quick test.
 """
 
 import argparse
@@ -46,8 +46,8 @@ def main() -> None:
     best = max((sweep / str(n) for n in range(len(list(sweep.glob("[0-9]*"))))), key=_accuracy)
     for picture in ("activations", "filters", "mistakes"):
         shutil.copyfile(best / "plots" / f"{picture}.png", chosen.to / f"{picture}.png")
-    elsewhere = (chosen.to / "elsewhere.png").absolute()
-    _command(chosen.folder, "predict", str(best.relative_to(chosen.folder)), "--elsewhere", str(elsewhere))
+    ood = (chosen.to / "ood.png").absolute()
+    _command(chosen.folder, "predict", str(best.relative_to(chosen.folder)), "--ood", str(ood))
 
 
 def _accuracy(run: Path) -> float:
@@ -69,14 +69,14 @@ def _tab() -> Iterator[Page]:
 
 @contextmanager
 def _pages(folder: Path) -> Iterator[str]:
-    """The address of the saved view, as `ui` prints it."""
+    """The address of the saved view, as printed by `ui`."""
     command = [sys.executable, "-u", "-m", "lenet_sweep", "ui", "--no-browser"]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         try:
             address = next((line.strip() for line in process.stdout if line.startswith("http")), None)
             if address is None:
-                raise SystemExit("the pages could not be served")
+                raise SystemExit("MLflow's server did not start")
             yield address
         finally:
             process.terminate()
@@ -85,10 +85,10 @@ def _pages(folder: Path) -> Iterator[str]:
 def _saved_view(tab: Page, address: str, path: Path) -> None:
     tab.goto(address)
     tab.get_by_text("matching runs").wait_for()
-    # What MLflow opens beside and above the runs by itself.
+    # Close the panel that MLflow opens next to the runs.
     tab.get_by_text("MLflow Assistant").locator("xpath=ancestor::*[.//button][1]//button").last.click()
     tab.locator("path.js-line").nth(3).wait_for(state="attached")
-    tab.wait_for_timeout(3_000)  # its charts are drawn one after the other
+    tab.wait_for_timeout(3_000)  # the charts are drawn one after the other
     tab.screenshot(path=path)
 
 
