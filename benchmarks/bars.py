@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from benchmarks.ladder import Ladder, Rung, flops
+from benchmarks.rungs import Ladder, Rung, flops
 from lenet_sweep.analysis import charts
 
 WIDTH = 8  # inches; 100 points per inch on a page 800 points wide

@@ -16,97 +16,33 @@ measured during its first epoch or its sweeps. Ctrl-C prints the results so far.
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from rich.table import Table
 
-from benchmarks import measurement
+from benchmarks import bars, measurement
 from benchmarks.contenders import (
     MODELS,
-    TUTORIAL,
     Array,
     Contender,
     Lightning,
     Loop,
     Recipe,
-    Sample,
     Setting,
     Step,
     Sweep,
     Tutorial,
-    compose_config,
     missing,
 )
 from benchmarks.measurement import spread
-from lenet_sweep import shapes
+from benchmarks.rungs import Ladder, Rung
 from lenet_sweep.config.schema import TRAIN_EXAMPLES
 from lenet_sweep.runs import hardware
-from lenet_sweep.shapes import CLASSES, IMAGE_SHAPE
 from lenet_sweep.training import devices
-
-
-@dataclass
-class Rung:
-    """The results of a contender: one sample per round."""
-
-    name: str
-    network: str
-    samples: list[Sample] = field(default_factory=list)
-    peak_mib: float = 0.0
-    largest_mib: float = 0.0
-
-    @property
-    def rates(self) -> list[float]:
-        return [sample.rate for sample in self.samples]
-
-    @property
-    def train_rates(self) -> list[float]:
-        return [sample.train_rate for sample in self.samples if sample.train_rate is not None]
-
-    def look(self, sample: Sample) -> None:
-        """Record the memory of a sample, whether it is counted or not."""
-        if sample.peak:
-            self.peak_mib = max(self.peak_mib, sample.peak.all_mib)
-            self.largest_mib = max(self.largest_mib, sample.peak.largest_mib)
-
-
-@dataclass
-class Ladder:
-    """All rungs, and the roof: FLOP/s of the fastest matrix product of each round."""
-
-    rungs: list[Rung] = field(default_factory=list)
-    roofs: list[float] = field(default_factory=list)
-
-    @property
-    def roof(self) -> float:
-        return max(self.roofs)
-
-    @property
-    def measured(self) -> list[Rung]:
-        return [rung for rung in self.rungs if rung.samples]
-
-    def times_tutorial(self, rung: Rung) -> float | None:
-        """Speed relative to the tutorial's loop with its best number of workers."""
-        loops = [r for r in self.measured if r.network == rung.network and r.name.startswith(TUTORIAL)]
-        if not loops:
-            return None
-        return statistics.median(rung.rates) / max(statistics.median(loop.rates) for loop in loops)
-
-    def share_of_roof(self, rung: Rung) -> float:
-        """Share for training alone if it was timed separately, otherwise for everything."""
-        rate = statistics.median(rung.train_rates or rung.rates)
-        return rate * flops(rung.network) / self.roof
-
-
-def flops(network: str) -> int:
-    """Floating-point operations of training on one example."""
-    model = compose_config(f"model={MODELS[network][0]}").model
-    return shapes.training_flops(model, IMAGE_SHAPE, CLASSES)
 
 
 def contenders(
@@ -254,8 +190,6 @@ def report(ladder: Ladder, machine: dict[str, object], chosen: argparse.Namespac
     measurement.show(table(ladder))
     measurement.write(chosen.json, machine, **asdict(ladder))
     if chosen.picture:
-        from benchmarks import bars
-
         bars.save(bars.draw(ladder, machine), chosen.picture)
 
 

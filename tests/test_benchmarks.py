@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from benchmarks import bars, ladder, measurement, overhead, scaling, tutorial
 from benchmarks.contenders import Array, Lightning, Loop, Sample, Setting, Step, Sweep, Tutorial
 from benchmarks.measurement import Cost, Peak
+from benchmarks.rungs import Ladder, Rung
 from lenet_sweep import shapes
 from lenet_sweep.shapes import CLASSES, IMAGE_SHAPE
 from lenet_sweep.training import model
@@ -239,8 +240,8 @@ def test_picture_has_a_bar_for_each_rung_and_the_machines_name(climb, tmp_path):
             fake._seconds = itertools.repeat(2)
         climb(*fakes, options=("--rounds", "3", "--picture", str(tmp_path / name)))
         assert (tmp_path / name).stat().st_size > 10_000
-    rungs = [ladder.Rung(f.name, f.network, [Sample(s, 60_000) for s in (2, 4, 3)]) for f in fakes]
-    found = ladder.Ladder(rungs, [1e11])
+    rungs = [Rung(f.name, f.network, [Sample(s, 60_000) for s in (2, 4, 3)]) for f in fakes]
+    found = Ladder(rungs, [1e11])
     (axes,) = bars.draw(found, measurement.machine("test")).axes
     assert [bar.get_width() for bar in axes.patches] == [20_000] * 3
     assert [label.get_text() for label in axes.get_yticklabels()] == [fake.name for fake in fakes]

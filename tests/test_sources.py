@@ -31,10 +31,11 @@ from lenet_sweep.datasets import download, sources
 from lenet_sweep.datasets.catalog import DATASETS, FILES, Dataset
 from lenet_sweep.datasets.download import ensure
 from lenet_sweep.errors import ConfigError, DataError, OutputError
+from lenet_sweep.paths import PACKAGE
 
 MINI = "fashion_mnist_mini"
 FOLDER = DATASETS[MINI].folder
-CHECKOUT = Path(sources.__file__).resolve().parents[1]
+CHECKOUT = PACKAGE.parent
 NOBODY = 65534
 
 PACKED = {file: (sources.EMBEDDED / MINI / f"{file}.gz").read_bytes() for file in FILES}
