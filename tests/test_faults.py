@@ -240,7 +240,7 @@ def test_server_that_dies_in_the_middle_gets_everything_once_it_is_back(start, c
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     assert process.wait(60) == 0, process.output.read_text()
-    assert "python -m lenet_sweep sync sends the rest later" in process.output.read_text()
+    assert "send the rest later: python -m lenet_sweep sync" in process.output.read_text()
     assert cli("sync").returncode == 2  # still dead: said, and nothing forgotten
 
     begin()
