@@ -229,7 +229,7 @@ def test_filters_are_drawn_blue_below_and_orange_above_nought(tmp_path):
     assert {(0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2), (255, 255, 255)} <= colours
 
 
-def test_help_names_what_can_be_given(cli):
-    done = cli("predict", "--help")
+def test_help_names_what_can_be_given(command):
+    done = command("predict", "--help")
     assert done.returncode == 0
     assert "--activations" in done.stdout
