@@ -25,9 +25,10 @@ def examples(make_config):
 
 
 @pytest.fixture(scope="module")
-def finished(make_config, tmp_path_factory):
+def finished(make_config, tmp_path_factory, put_database):
     """A folder in which a short run was trained and tracked."""
     here = tmp_path_factory.mktemp("finished")
+    put_database(here)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
         config = make_config(
