@@ -116,7 +116,10 @@ def command_in(data_root: Path) -> Callable[..., Done]:
         ):
             patch.chdir(folder)
             patch.setattr(sys, "argv", ["lenet_sweep", *arguments])
-            code = main()
+            try:
+                code = main()
+            except SystemExit as exit:  # argparse's, after --help
+                code = int(exit.code or 0)
         return Done(code, said.getvalue(), told.getvalue())
 
     return run
@@ -145,6 +148,15 @@ def put_database(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], N
         shutil.copy(made, folder / "mlruns")
 
     return put
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw nothing, which takes half of a short one's time; for tests of what else they leave."""
+    from lenet_sweep.inspection import plots
+
+    for name in ("curves", "confusion_matrix", "filters", "activations", "errors"):
+        monkeypatch.setattr(plots, name, lambda *_: None)
 
 
 @pytest.fixture

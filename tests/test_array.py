@@ -63,6 +63,7 @@ def test_jobs_of_an_array_leave_what_each_leaves_alone(make_config, orders, tmp_
         assert read_result(order.folder) == result
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_member_that_fails_leaves_the_others_be(orders):
     together = orders(("lr=0.1",), ("lr=1000", "optimizer.weight_decay=10"), ("lr=0.2",))
     first, second, third = run_array(together)
@@ -73,6 +74,7 @@ def test_member_that_fails_leaves_the_others_be(orders):
     assert len(numbers(together[2].folder)) == 3
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_interrupted_array_saves_every_member_and_goes_on_to_the_same_numbers(orders, monkeypatch):
     jobs = (("lr=0.1",), ("lr=0.2",))
     train = fused.train
@@ -100,6 +102,7 @@ def test_interrupted_array_saves_every_member_and_goes_on_to_the_same_numbers(or
             assert mine == pytest.approx(theirs, rel=1e-5)  # members out of step are rounded otherwise
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_as_many_are_trained_at_once_as_there_is_room_for(orders, monkeypatch):
     widths = []
     train = fused.train
@@ -122,6 +125,7 @@ def test_device_without_memory_fails_all_members_with_that_reason(orders, monkey
     assert [str(result) for result in results] == ["out of memory"] * 2
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_finished_member_is_not_trained_again(orders, monkeypatch):
     jobs = (("lr=0.1",), ("lr=0.2",))
     before = run_array(orders(*jobs))
@@ -143,6 +147,7 @@ def test_sweep_fuses_where_it_is_asked_to_and_shorter_runs_are_gone_on_with(comm
     assert ("equal but for rounding" in done.stdout) == (done.returncode == 3)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_on_a_cpu_are_not_fused_unless_asked(command, tmp_path, monkeypatch):
     monkeypatch.setattr(fused, "train", None)
     assert command(*MINI, "epochs=1", "lr=0.1,0.2", "-m").returncode == 0

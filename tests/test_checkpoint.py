@@ -19,7 +19,7 @@ MINI = ("data=fashion_mnist_mini", "data.train_size=600", "epochs=4", "threads=1
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
+def in_a_folder_of_its_own(tmp_path, monkeypatch, no_pictures):
     monkeypatch.chdir(tmp_path)
 
 

@@ -36,8 +36,9 @@ def original(tmp_path_factory, command_in, put_database):
 
 @pytest.fixture
 def sweeps(original, tmp_path):
-    """A copy that a test may spoil."""
-    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+    """A copy that a test may spoil, of what the numbers are in."""
+    others = shutil.ignore_patterns("plots", "model", "artifacts", ".hydra")
+    shutil.copytree(original, tmp_path, dirs_exist_ok=True, ignore=others)
     return tmp_path
 
 

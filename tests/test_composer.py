@@ -29,6 +29,12 @@ def composer(context, master):
     return Composer(context, master)
 
 
+@pytest.fixture(scope="module")
+def plain(context, master):
+    """A job without overrides, as Hydra composes it."""
+    return composed_by_hydra(context, master, [])
+
+
 def outcome(compose):
     """The config, or all that can be seen of the error."""
     try:
@@ -114,12 +120,12 @@ INVALID = (
 
 
 @pytest.mark.parametrize("override", VALID + INVALID)
-def test_job_of_one_override_is_composed_as_hydra_does_it(context, master, composer, override):
+def test_job_of_one_override_is_composed_as_hydra_does_it(context, master, composer, plain, override):
     expected = composed_by_hydra(context, master, [override])
     assert outcome(lambda: composer.compose([override])) == expected
     # From what was kept of the first time, which the first job must not have changed.
     assert outcome(lambda: composer.compose([override])) == expected
-    assert composer.compose([]) == composed_by_hydra(context, master, [])
+    assert composer.compose([]) == plain
 
 
 @settings(max_examples=30, derandomize=True)

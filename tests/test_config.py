@@ -243,7 +243,7 @@ def test_dumped_config_loads_equal(make_config, tmp_path, overrides):
     start = make_config(*overrides)
     path = tmp_path / "config.yaml"
 
-    @settings(max_examples=60)
+    @settings(max_examples=25)
     @given(any_config(start))
     def check(config):
         path.write_text(parsing.dump(config), encoding="utf-8")

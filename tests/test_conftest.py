@@ -49,7 +49,7 @@ def _pytest(folder, tests, no_skip):
     (folder / "test_probe.py").write_text(tests)
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", folder],
-        env={**os.environ, "LENET_SWEEP_NO_SKIP": no_skip},
+        env={**os.environ, "LENET_SWEEP_NO_SKIP": no_skip, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         cwd=folder,
         capture_output=True,
         text=True,

@@ -63,8 +63,10 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("threads", [1, 3, 9])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "threads"),
+    [("optimizer=sgd", 1), *((each, 3) for each in OPTIMIZERS), ("optimizer=adam", 9)],
+)
 def test_training_equals_an_independent_loop_over_the_same_batches(setup, mini, optimizer, threads):
     overrides = optimizer, "lr=0.05", "epochs=2", "batch_size=128"
     epochs, network = train(setup, mini, *overrides, dtype=torch.float64, threads=threads)

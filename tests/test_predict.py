@@ -28,9 +28,10 @@ def examples(make_config):
 
 
 @pytest.fixture(scope="module")
-def finished(make_config, tmp_path_factory):
+def finished(make_config, tmp_path_factory, put_database):
     """A folder in which a short run was trained and tracked."""
     here = tmp_path_factory.mktemp("finished")
+    put_database(here)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
         config = make_config(
@@ -230,7 +231,7 @@ def test_filters_are_drawn_blue_below_and_orange_above_nought(tmp_path):
     assert {(0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2), (255, 255, 255)} <= colours
 
 
-def test_help_names_what_can_be_given(cli):
-    done = cli("predict", "--help")
+def test_help_names_what_can_be_given(command):
+    done = command("predict", "--help")
     assert done.returncode == 0
     assert "--activations" in done.stdout

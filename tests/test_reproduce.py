@@ -16,9 +16,10 @@ MINI = ("data=fashion_mnist_mini", "data.train_size=600", "epochs=2", "threads=1
 
 
 @pytest.fixture(scope="module")
-def original(make_config, tmp_path_factory):
+def original(make_config, tmp_path_factory, put_database):
     """A folder in which one run was trained: its ledger, its database and its output folder."""
     here = tmp_path_factory.mktemp("original")
+    put_database(here)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
         run(RunSpec(make_config(*MINI), Path("outputs") / "runs" / "first", ("lr=0.1",)))

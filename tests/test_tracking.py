@@ -94,7 +94,8 @@ def test_untracked_run_has_no_id_and_writes_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_finished_run_is_found_by_its_configs_hash_and_no_other_is(tmp_path):
+def test_finished_run_is_found_by_its_configs_hash_and_no_other_is(tmp_path, put_database):
+    put_database(tmp_path)
     store = local(tmp_path)
     run = open_run(store, tmp_path)
     assert open_store(store).finished(["cafe"]) == {}
@@ -108,9 +109,10 @@ def test_finished_run_is_found_by_its_configs_hash_and_no_other_is(tmp_path):
 
 @pytest.mark.parametrize(("page", "questions_a_page"), [(2, 1), (1000, 1), (2, 3), (1000, 400)])
 def test_finished_runs_are_the_same_however_they_are_looked_for(
-    tmp_path, monkeypatch, page, questions_a_page
+    tmp_path, monkeypatch, put_database, page, questions_a_page
 ):
     """By pages alone, in one page, by pages and then one by one, and one by one alone."""
+    put_database(tmp_path)
     store, wanted = local(tmp_path), ("a0", "a1", "a2", "a3", "never")
     latest = {}
     for number, config_hash in enumerate(("a0", "a1", "a2", "a3", "a0", "other", "more")):
