@@ -1,6 +1,7 @@
 """Which room may import what, read from the source: dependencies point one way, heavy ones come late."""
 
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -74,8 +75,13 @@ def room(module):
     return module.split(".")[0]
 
 
+@functools.cache
 def imports(module, everywhere=True):
     """Names that a module imports, whole ('lenet_sweep.config.schema'), but for those for type checkers."""
+    return frozenset(_imports(module, everywhere))
+
+
+def _imports(module, everywhere):
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     hidden = [
         node
@@ -94,6 +100,7 @@ def imports(module, everywhere=True):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+@functools.cache
 def own(module, everywhere=True):
     """Our own modules that a module imports, by the names in MODULES."""
     found = set()
@@ -104,6 +111,7 @@ def own(module, everywhere=True):
     return found
 
 
+@functools.cache
 def reached(module):
     """All of our own modules that loading `module` imports, directly or not."""
     found, new = set(), {module}
