@@ -10,10 +10,13 @@ import pytest
 import yaml
 
 from lenet_sweep.config.schema import MlflowConfig, NoTrackingConfig
-from lenet_sweep.errors import OutputError, TrackingError
+from lenet_sweep.errors import ConfigError, OutputError, TrackingError
+from lenet_sweep.storage import run_index
+from lenet_sweep.storage.metrics_file import EpochRecord
 from lenet_sweep.storage.result import Result, write_result
-from lenet_sweep.tracking import mlflow_client, mlflow_page, mlflow_query
+from lenet_sweep.tracking import mlflow_client, mlflow_page, mlflow_query, mlflow_run, processes
 from lenet_sweep.tracking.stores import open_store
+from lenet_sweep.training.metrics import EpochMetrics
 
 
 def local(folder: Path) -> MlflowConfig:
@@ -214,3 +217,155 @@ def test_interrupt_waits_until_the_store_has_what_is_being_written(sign):
     finally:
         signal.signal(sign, before)
     assert written == ["all"]
+
+
+@pytest.mark.parametrize(("later_s", "alive"), [(0, True), (1, True), (-1, True), (3, False), (-3, False)])
+def test_process_is_known_by_its_start_within_two_seconds(later_s, alive):
+    tags = processes.tags()
+    tags["process_start"] = str(float(tags["process_start"]) + later_s)
+    assert processes.is_alive(tags) is alive
+
+
+@pytest.mark.parametrize("tags", [{}, {"pid": "x", "process_start": "1"}, {"pid": "1"}])
+def test_process_without_usable_tags_is_not_alive(tags):
+    assert not processes.is_alive(tags)
+
+
+def test_mistake_in_a_filter_is_the_users_and_any_other_error_is_the_stores(store, tmp_path):
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
+
+    open_run(store, tmp_path)
+
+    def query(where, code):
+        with mlflow_client.querying(store, where):
+            raise MlflowException("no such thing", code)
+
+    with pytest.raises(ConfigError, match=r"filter lr=1: no such thing"):
+        query("lr=1", INVALID_PARAMETER_VALUE)
+    for where, code in (("", INVALID_PARAMETER_VALUE), ("lr=1", INTERNAL_ERROR)):
+        with pytest.raises(TrackingError, match=r"tracking\.uri='sqlite.*no such thing"):
+            query(where, code)
+
+
+def test_run_is_there_unless_it_is_unknown_or_deleted(store, tmp_path):
+    from mlflow.exceptions import MlflowException
+
+    run_id = open_run(store, tmp_path).run_id
+    reader = client(store)
+    assert mlflow_client.is_there(reader, run_id)
+    assert not mlflow_client.is_there(reader, "0" * 32)
+    reader.delete_run(run_id)
+    assert not mlflow_client.is_there(reader, run_id)
+
+    class Broken:
+        def get_run(self, run_id):
+            raise MlflowException("out of order")
+
+    with pytest.raises(MlflowException, match="out of order"):
+        mlflow_client.is_there(Broken(), run_id)
+
+
+def test_prefix_finds_the_one_run_or_tells_how_many_there_are(store, tmp_path):
+    first, second = (open_run(store, tmp_path).run_id for _ in range(2))
+    for run_id in (first, second):
+        assert mlflow_query.find_run(store, run_id) == mlflow_query.find_run(store, run_id[:12]) == run_id
+    with pytest.raises(ConfigError, match=r"\d runs have ids that start with ''"):
+        mlflow_query.find_run(store, "")
+    with pytest.raises(ConfigError, match="no run has an id that starts with 'zz'"):
+        mlflow_query.find_run(store, "zz")
+
+
+def test_sweeps_are_found_by_the_start_of_their_ids_the_latest_first(tmp_path):
+    store = local(tmp_path)
+    for number, sweep_id in enumerate(("2026-1", "2026-10", "2025-1", "2026-1")):
+        open_run(store, tmp_path, tags={"sweep_id": sweep_id}, start_ms=1_000 + number)
+    assert mlflow_query.sweeps(store, "2026-1") == ["2026-1"]  # a whole id is no start of another
+    assert mlflow_query.sweeps(store, "2026") == ["2026-1", "2026-10"]
+    assert mlflow_query.sweeps(store, "2024") == []
+    assert open_store(store).latest_sweep() == "2026-1"
+    assert open_store(store).find("2025") == ("2025-1", "")
+    with pytest.raises(ConfigError, match="2 sweeps start"):
+        open_store(store).find("2026")
+    with pytest.raises(ConfigError, match="neither a folder"):
+        open_store(store).find("nonsense")
+
+
+def test_text_is_quoted_for_filters_which_know_no_escapes():
+    assert mlflow_query.sweep_filter("it's") == 'tags.sweep_id = "it\'s"'
+    assert mlflow_query.runs_filter(["a", 'b"']) == "attributes.run_id IN ('a', 'b\"')"
+    with pytest.raises(ConfigError, match="both kinds of quotes"):
+        mlflow_query.sweep_filter("\"'")
+
+
+def test_metrics_of_a_run_that_was_created_late_are_all_sent_in_several_batches(tmp_path, monkeypatch):
+    store = local(tmp_path)
+    run = open_run(store, tmp_path)
+    records = [
+        EpochRecord(EpochMetrics(epoch, 2.0, 0.5, 1.0, 0.5, None, None, 10.0, 1.0, ()), 1_000 + epoch)
+        for epoch in range(1, 5)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(record.dump() + "\n" for record in records))
+    run._complete = False
+    monkeypatch.setattr(mlflow_run, "_BATCH", 5)
+    assert end(run, tmp_path) is None
+    history = client(store).get_metric_history(run.run_id, "test/acc")
+    assert [(m.step, m.timestamp) for m in history] == [(e, 1_000 + e) for e in range(1, 5)]
+    assert len(client(store).get_metric_history(run.run_id, "speed/epoch_s")) == 4
+
+
+def test_store_that_failed_once_is_left_alone_for_a_while_and_then_tried_again(tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    store = local(tmp_path)
+    run = open_run(store, tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    now, calls = [100.0], []
+
+    def refuse(self, *arguments, **options):
+        calls.append(options)
+        raise MlflowException("refused")
+
+    monkeypatch.setattr(mlflow_run.time, "monotonic", lambda: now[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", refuse)
+        for epoch, moment in ((1, 100.0), (2, 129.0), (3, 131.0)):
+            now[0] = moment
+            run.log(epoch, {"test/acc": 0.5}, 0)
+    assert len(calls) == 2  # not within 30 s after the first failure
+    assert not run._complete
+
+
+def test_late_note_keeps_what_was_said_of_the_sweep(tmp_path):
+    store = local(tmp_path)
+    run = open_run(store, tmp_path, tags={"sweep_id": "mine"})
+    end(run, tmp_path)
+    report = tmp_path / "report.html"
+    report.write_text("a report")
+    for sweep_id in ("mine", "another", "another"):
+        assert open_store(store).attach_report(run.run_id, sweep_id, report, "Best: lr=0.1") is None
+    paths = [f.path for f in client(store).list_artifacts(run.run_id)]
+    assert {"report.html", "another"} <= set(paths)
+    before = client(store).get_run(run.run_id).data.tags["mlflow.note.content"]
+    assert before.count("`mine`") >= 1
+    assert before.count("`another/report.html`") == 1
+    assert before.count("Best: lr=0.1") == 2
+    end(run, tmp_path)
+    after = client(store).get_run(run.run_id).data.tags["mlflow.note.content"]
+    assert after == before
+    assert open_store(store).attach_report("0" * 32, "mine", report, "Best") is not None
+
+
+def test_only_epochs_before_the_wanted_one_are_a_prefix(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_index.INDEX.mkdir(parents=True)
+    for epochs in (2, 5, 10):
+        (tmp_path / str(epochs)).mkdir()
+        run_index.add_trajectory("abc", epochs, run_index.Entry(tmp_path / str(epochs), None, None))
+    (run_index.INDEX / "abc-x.json").write_text("{}")
+    assert run_index.longest_prefix("abc", 10).folder.name == "5"
+    assert run_index.longest_prefix("abc", 11).folder.name == "10"
+    assert run_index.longest_prefix("abc", 2) is None
+    (tmp_path / "5").rmdir()
+    assert run_index.longest_prefix("abc", 10).folder.name == "2"
