@@ -1,4 +1,4 @@
-"""Which device is taken is shown by test_engine and test_cli; here, how work is shared between threads."""
+"""Which device a run trains on, how it computes, and how work is shared between threads."""
 
 import threading
 import time
@@ -6,7 +6,10 @@ import time
 import pytest
 import torch
 
-from lenet_sweep.training.threads import ThreadTeam
+from lenet_sweep.config.schema import PrecisionConfig
+from lenet_sweep.errors import DeviceError
+from lenet_sweep.training import devices
+from lenet_sweep.training.threads import ThreadTeam, torch_threads
 
 SHARES = [(1, 1, 1), (2, 2, 1), (3, 3, 1), (5, 4, 1), (6, 3, 2), (16, 4, 4)]
 
@@ -51,3 +54,67 @@ def test_what_a_part_raises_reaches_the_caller_when_no_part_is_worked_on_any_mor
         ThreadTeam(2).map(work, range(8))
     assert working == [bad]
     assert torch.get_num_threads() == before
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine with two CUDA GPUs, as far as torch can be asked; the preferred one is the first."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Fake")
+    monkeypatch.setattr(devices, "_preferred_gpu", 0)
+
+
+def test_gpus_are_resolved_by_index_or_by_preference(two_gpus):
+    assert devices.resolve("auto") == devices.resolve("cuda") == torch.device("cuda", 0)
+    assert devices.resolve("cuda:1") == torch.device("cuda", 1)
+    devices.prefer_gpu(3)  # counted round: the second of two
+    assert devices.resolve("auto") == devices.resolve("cuda") == torch.device("cuda", 1)
+    assert devices.resolve("cuda:0") == torch.device("cuda", 0)
+    assert devices.resolve("cpu") == torch.device("cpu")
+    with pytest.raises(DeviceError, match=r"device='cuda:2'.*cuda:0, cuda:1"):
+        devices.resolve("cuda:2")
+
+
+def test_devices_that_are_not_there_are_refused_and_auto_takes_what_there_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.mps, "is_available", lambda: False)
+    assert devices.resolve("auto") == torch.device("cpu")
+    with pytest.raises(DeviceError, match=r"device='cuda'.*none"):
+        devices.resolve("cuda")
+    with pytest.raises(DeviceError, match="device='mps'"):
+        devices.resolve("mps")
+    monkeypatch.setattr(torch.mps, "is_available", lambda: True)
+    assert devices.resolve("auto") == devices.resolve("mps") == torch.device("mps")
+    devices.prefer_gpu(1)  # without a GPU there is nothing to prefer
+    assert devices.resolve("cpu") == torch.device("cpu")
+
+
+def test_devices_are_described_for_people(two_gpus):
+    assert devices.describe(torch.device("cuda", 1)) == "cuda:1 (NVIDIA Fake)"
+    assert devices.describe(torch.device("mps")) == "mps"
+    with torch_threads(1):
+        assert devices.facts(torch.device("cpu")) == ("cpu (1 thread)", 1)
+    with torch_threads(2):
+        assert devices.facts(torch.device("cpu")) == ("cpu (2 threads)", 2)
+
+
+@pytest.fixture
+def arithmetic():
+    """Put back how torch computes."""
+    kept = torch.get_num_threads(), torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.set_num_threads(kept[0])
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = kept[1]
+
+
+@pytest.mark.parametrize(("tf32", "expected"), [(False, "ieee"), (True, "tf32")])
+def test_arithmetic_is_what_the_config_says(arithmetic, tf32, expected):
+    devices.set_arithmetic(3, PrecisionConfig(tf32=tf32, amp=False))
+    assert torch.get_num_threads() == 3
+    assert torch.backends.cuda.matmul.fp32_precision == expected
+    assert torch.backends.cudnn.fp32_precision == expected
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+    devices.set_arithmetic("auto", PrecisionConfig(tf32=False, amp=False))
+    assert torch.get_num_threads() == devices._default_threads

@@ -167,3 +167,13 @@ def test_points_of_a_choice_stand_on_their_level_or_beside_each_other_around_it(
     for setting, place in zip(both.settings, charts.places(both, "lr"), strict=True):
         by_lr.setdefault(setting.key[both.by.index("lr")], []).append(place)
     assert by_lr == {"0.1": [-0.125, 0.125], "0.2": [0.875, 1.125]}
+
+
+@pytest.mark.parametrize(("failed", "more"), [(200, None), (203, "and 3 more")])
+def test_page_lists_two_hundred_failures_and_counts_the_others(tmp_path, failed, more):
+    broken = [
+        Record(f"run {i}", "FAILED", {"lr": "1", "seed": str(i)}, str(i), reason="x") for i in range(failed)
+    ]
+    text, _ = written(broken, tmp_path / "r.html")
+    assert text.count("FAILED, x") == 200
+    assert ("and 3 more" in text) == (more is not None)

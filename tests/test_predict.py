@@ -9,17 +9,17 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
-from lenet_sweep.config.schema import NoTrackingConfig
 from lenet_sweep.datasets.catalog import DATASETS
 from lenet_sweep.errors import ConfigError, DataError
 from lenet_sweep.inspection import activations, images, plots, predict
 from lenet_sweep.runs.run import run
 from lenet_sweep.runs.spec import RunSpec
+from lenet_sweep.tracking.folder_store import FolderStore
 from lenet_sweep.training import model
 from lenet_sweep.training.data import load_data
 from lenet_sweep.training.randomness import generator
 
-UNTRACKED = NoTrackingConfig(name="none")
+UNTRACKED = FolderStore()
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +235,20 @@ def test_help_names_what_can_be_given(command):
     done = command("predict", "--help")
     assert done.returncode == 0
     assert "--activations" in done.stdout
+
+
+def test_images_of_the_other_dataset_are_looked_at_if_they_are_there(trained, examples, monkeypatch):
+    network = predict.load(str(trained), UNTRACKED)
+    asked = []
+
+    def test_images(name, root):
+        asked.append(name)
+        return examples.images_NCHW[:5]
+
+    monkeypatch.setattr(predict, "_test_images", test_images)
+    monkeypatch.setattr(predict.download, "is_here", lambda name, root: name == "mnist")
+    kinds = [stats.kind for stats in predict.activation_stats(network, trained, most=3)]
+    assert kinds[-1] == "digits"
+    assert asked == ["fashion_mnist_mini", "mnist"]
+    monkeypatch.setattr(predict.download, "is_here", lambda name, root: False)
+    assert [stats.kind for stats in predict.activation_stats(network, trained)] == kinds[:-1]

@@ -337,3 +337,9 @@ def test_network_stuck_at_chance_is_tagged_and_said_to_be_collapsed(make_config,
 def test_network_that_learns_is_not_collapsed(make_config, tmp_path):
     config = make_config(*MINI, "tracking=none", "model=lenet_relu_max", "epochs=4")
     assert not run(RunSpec(config, tmp_path / "run")).collapsed
+
+
+def test_folder_whose_config_cannot_be_read_is_refused(make_config, tmp_path):
+    (tmp_path / "run" / "config.yaml").mkdir(parents=True)
+    with pytest.raises(OutputError, match="already holds a run"):
+        run(RunSpec(make_config(*MINI, "tracking=none"), tmp_path / "run"))
