@@ -3,9 +3,11 @@
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from lenet_sweep.errors import OutputError
 
@@ -63,6 +65,25 @@ def write_atomic(path: Path, text: str) -> None:
     """Write `text` (UTF-8) to `path`, all of it or nothing."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def lock_file(
+    path: Path, on_wait: Callable[[], None], patience_s: float = 0
+) -> AbstractContextManager[object]:
+    """Acquire the lock file `path` and return a context manager that releases it.
+
+    If another process still holds the lock after `patience_s`, `on_wait` is called once; then wait without
+    a limit. The operating system releases the locks of a process that dies.
+
+    Raises:
+        OSError: if the file cannot be created.
+    """
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=patience_s)
+    except Timeout:
+        on_wait()
+        return lock.acquire()
 
 
 def cache_folder() -> Path:

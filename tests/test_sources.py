@@ -55,7 +55,7 @@ def test_verified_files_are_returned_without_lock_source_or_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     put(tmp_path, REAL)
-    monkeypatch.setattr(download, "FileLock", forbidden)
+    monkeypatch.setattr(download, "lock_file", forbidden)
     only_source(monkeypatch, forbidden)
     assert ensure(MINI, tmp_path, said.append) == tmp_path / FOLDER
     assert said == []

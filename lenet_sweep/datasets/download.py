@@ -2,12 +2,10 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
@@ -16,6 +14,7 @@ from lenet_sweep.datasets import sources
 from lenet_sweep.datasets.catalog import DATASETS, FILES, Dataset
 from lenet_sweep.datasets.sources import DEBIAN_PACKAGE, SOURCES, Fetch, SourceFailed
 from lenet_sweep.errors import ConfigError, DataError, OutputError
+from lenet_sweep.paths import lock_file
 
 
 def ensure(name: str, root: Path, say: Callable[[str], None] = print) -> Path:
@@ -34,7 +33,11 @@ def ensure(name: str, root: Path, say: Callable[[str], None] = print) -> Path:
     try:
         if _missing(DATASETS[name], folder):
             folder.mkdir(parents=True, exist_ok=True)
-            with _lock(root / f".{name}.lock", f"{name}: waiting for another process to fetch it", say):
+            with lock_file(
+                root / f".{name}.lock",
+                lambda: say(f"{name}: waiting for another process to fetch it"),
+                WAIT_S,
+            ):
                 _fetch(DATASETS[name], root, say)
     except OSError as error:
         raise OutputError(
@@ -57,20 +60,6 @@ WAIT_S = 1  # waiting for another process is worth a line after this long
 
 def _missing(dataset: Dataset, folder: Path) -> list[str]:
     return [f for f in FILES if not (folder / f).is_file() or sources.sum_of(folder / f) != dataset.sha256[f]]
-
-
-@contextmanager
-def _lock(path: Path, waiting: str, say: Callable[[str], None]) -> Iterator[None]:
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=WAIT_S)
-    except Timeout:
-        say(waiting)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _fetch(dataset: Dataset, root: Path, say: Callable[[str], None]) -> None:
