@@ -22,7 +22,7 @@ import sys
 import tarfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,37 +241,55 @@ def _run(
     if job.bars.disable:
         job.say(doing)
     bar = show(job, doing, total)
-    stall_s = stall_s or STALL_S
-    log = job.work / "log"
-    at_first = before = _bytes_below(job.work)
-    started = moved = time.monotonic()
-    with log.open("wb") as out:
-        child = subprocess.Popen(
-            command,
-            cwd=job.work,
-            env={**os.environ, "LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    output = job.work / "log"
+    initial_bytes = _bytes_below(job.work)
+    child = _start(command, job.work, output)
     try:
-        while child.poll() is None:
-            time.sleep(0.05)
-            now, present = time.monotonic(), _bytes_below(job.work)
-            if present != before:
-                before, moved = present, now
-                job.bars.update(bar, completed=max(0, present - at_first))
-            if now - moved > stall_s:
-                raise SourceFailed(f"nothing arrived for {stall_s:g} s")
-            if now - started > LONGEST_S:
-                raise SourceFailed(f"not done after {LONGEST_S:g} s")
+        for received in _watch(child, job.work, initial_bytes, stall_s or STALL_S):
+            job.bars.update(bar, completed=max(0, received))
     finally:
+        # Also after Ctrl-C. The child has its own process group, so its children are killed with it.
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
     if child.returncode:
-        raise SourceFailed(_reason(log.read_text(errors="replace")))
+        raise SourceFailed(_reason(output.read_text(errors="replace")))
+
+
+def _start(command: list[str], folder: Path, output: Path) -> "subprocess.Popen[bytes]":
+    """Start `command` in `folder`, in its own process group; write its output to the file `output`."""
+    with output.open("wb") as file:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _watch(
+    child: "subprocess.Popen[bytes]", folder: Path, initial_bytes: int, stall_s: float
+) -> Iterator[int]:
+    """Yield the number of new bytes in `folder` whenever it changes, until the child has ended.
+
+    Raises:
+        SourceFailed: if nothing changes for `stall_s`, or the child is still running after LONGEST_S.
+    """
+    before = initial_bytes
+    started = changed = time.monotonic()
+    while child.poll() is None:
+        time.sleep(0.05)
+        now, present = time.monotonic(), _bytes_below(folder)
+        if present != before:
+            before, changed = present, now
+            yield present - initial_bytes
+        if now - changed > stall_s:
+            raise SourceFailed(f"nothing arrived for {stall_s:g} s")
+        if now - started > LONGEST_S:
+            raise SourceFailed(f"not done after {LONGEST_S:g} s")
 
 
 def _bytes_below(folder: Path) -> int:
