@@ -1,15 +1,18 @@
 """The compiled step against autograd, and its promises: same bits on any threads, no access out of bounds."""
 
 import copy
+import re
 import subprocess
 import sys
 import textwrap
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from lenet_sweep.config import schema
 from lenet_sweep.errors import DeviceError
 from lenet_sweep.paths import cache_folder
 from lenet_sweep.training import compiler, engine, model, native, optim
@@ -222,6 +225,38 @@ def test_auto_takes_the_native_step_and_falls_back_with_a_reason(make_config, mo
     assert "there is no C++ compiler" in why
     with pytest.raises(DeviceError, match="backend=native: there is no C"):
         choose_backend(network, CPU, config.model, "native", amp=False)
+
+
+def test_every_activation_and_pool_of_the_config_has_a_module_and_a_struct():
+    source = compiler.SOURCE.read_text(encoding="utf-8")
+    for names, modules, structs in (
+        (schema.Activation, model.ACTIVATIONS, compiler.NATIVE_ACTIVATIONS),
+        (schema.Pool, model.POOLS, compiler.NATIVE_POOLS),
+    ):
+        assert set(get_args(names)) == set(modules) == set(structs)
+        assert len(set(structs.values())) == len(structs)
+        for struct in structs.values():
+            assert re.search(rf"^struct {struct} {{", source, re.MULTILINE), struct
+
+
+def test_every_activation_and_pool_is_compared_with_autograd(make_config):
+    compared = [make_config(*overrides).model for overrides in NETWORKS]
+    assert {network.activation for network in compared} == set(model.ACTIVATIONS)
+    assert {network.pool for network in compared} == set(model.POOLS)
+
+
+@pytest.mark.parametrize(("table", "name"), [("NATIVE_ACTIVATIONS", "activation"), ("NATIVE_POOLS", "pool")])
+def test_layer_without_a_struct_falls_back_to_torch_with_a_reason(make_config, monkeypatch, table, name):
+    config = make_config("data=fashion_mnist_mini").model
+    missing = getattr(config, name)
+    structs = {key: struct for key, struct in getattr(compiler, table).items() if key != missing}
+    monkeypatch.setattr(compiler, table, structs)
+    network = model.build(config, generator(0, "init"))
+    step, why = choose_backend(network, CPU, config, "auto", amp=False)
+    assert step.name == "torch"
+    assert f"it does not support {name}={missing}" in why
+    with pytest.raises(DeviceError, match=f"backend=native: it does not support {name}={missing}"):
+        choose_backend(network, CPU, config, "native", amp=False)
 
 
 def test_amp_and_other_devices_take_torchs_step_without_a_word(make_config):

@@ -52,14 +52,19 @@ Fraction = Annotated[float, Range(0, 1)]
 WeightDecay = Annotated[float, Range(0, 10)]
 LearningRate = Annotated[float, Range(0, 1000, above=True)]
 
+# A new activation or pool also needs an entry in `training.model` and, for backend=native, a struct in
+# native.cpp and an entry in `training.compiler`. tests/test_native.py checks that none is missing.
+Activation = Literal["sigmoid", "tanh", "relu", "leaky_relu", "gelu", "silu"]
+Pool = Literal["avg", "max"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """LeNet of any size: convolutions, each with activation and 2x2 pool, then linear layers."""
 
     name: str
-    activation: Literal["sigmoid", "tanh", "relu", "leaky_relu", "gelu", "silu"]
-    pool: Literal["avg", "max"]
+    activation: Activation
+    pool: Pool
     channels: Annotated[tuple[Annotated[int, Range(1, 1024)], ...], Length(1, 6)]
     kernel_size: Annotated[int, Range(1, 1_000)]
     padding: Literal["first", "all", "none"]

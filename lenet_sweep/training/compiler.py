@@ -36,16 +36,16 @@ FLAGS = (
     "-fPIC",
     "-shared",
 )
-_NAMES = {
+# The structs of native.cpp, by the names of `config.schema`.
+NATIVE_ACTIVATIONS = {
     "sigmoid": "Sigmoid",
     "tanh": "Tanh",
     "relu": "Relu",
     "leaky_relu": "LeakyRelu",
     "gelu": "Gelu",
     "silu": "Silu",
-    "avg": "Average",
-    "max": "Maximum",
 }
+NATIVE_POOLS = {"avg": "Average", "max": "Maximum"}
 _TIMEOUT_S = 300
 
 
@@ -108,9 +108,15 @@ def _definitions(config: ModelConfig) -> list[str]:
     return [
         f"-DCONVS={', '.join(convs)}",
         f"-DDENSES={', '.join(denses)}",
-        f"-DACTIVATION={_NAMES[config.activation]}",
-        f"-DPOOL={_NAMES[config.pool]}",
+        f"-DACTIVATION={_struct('activation', config.activation, NATIVE_ACTIVATIONS)}",
+        f"-DPOOL={_struct('pool', config.pool, NATIVE_POOLS)}",
     ]
+
+
+def _struct(kind: str, name: str, structs: dict[str, str]) -> str:
+    if name not in structs:
+        raise Unavailable(f"it does not support {kind}={name}")
+    return structs[name]
 
 
 def _compiler() -> str:
