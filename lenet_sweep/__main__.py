@@ -1,4 +1,4 @@
-"""`python -m lenet_sweep`."""
+"""Entry point of `python -m lenet_sweep`."""
 
 import sys
 

@@ -1,22 +1,22 @@
-"""The arithmetic of LeNet's layer shapes: which layers there are, and what each one puts out.
+"""The layers of LeNet and their output shapes.
 
-Free of torch, so that an impossible network is refused before anything heavy is imported.
-`model` builds exactly these layers; `config` refuses a network for which this raises.
+This module does not import torch, so an impossible network is refused before the slow imports.
+`training.model` builds exactly these layers; `config.schema` refuses a network for which `layers` raises.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Protocol
 
-# Every dataset here has this form; the linear layers' input size follows from it.
+# The same for all datasets. The input size of the first linear layer follows from it.
 IMAGE_SHAPE = (1, 28, 28)  # channels, height, width
 CLASSES = 10
 
-POOL = 2  # LeNet's pooling window and stride: every pool halves height and width
+POOL_SIZE = 2  # side of the pooling window, and its stride: each pool halves height and width
 
 
 class Architecture(Protocol):
-    """What of the model's config decides its shapes (`config.ModelConfig` has it)."""
+    """The config fields that determine the shapes; `config.schema.ModelConfig` has them."""
 
     @property
     def channels(self) -> tuple[int, ...]: ...
@@ -30,7 +30,7 @@ class Architecture(Protocol):
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: `kind` is conv, activation, pool, flatten or linear; shapes are for one image."""
+    """One layer. `kind` is conv, activation, pool, flatten or linear; shapes are without the batch size."""
 
     name: str
     kind: str
@@ -40,7 +40,7 @@ class Layer:
 
 
 class ShapeError(ValueError):
-    """These layers do not fit the image; `field` is the config field to change."""
+    """The layers do not fit the image. `field` is the config field to change."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -54,7 +54,7 @@ def layers(net: Architecture, image_shape: tuple[int, int, int], classes: int) -
 
     Raises:
         ShapeError: if a kernel is larger than its (padded) input, or if a pool would silently
-            crop an odd height or width.
+            drop the last row or column of an odd height or width.
     """
     stack: list[Layer] = []
     shape: tuple[int, ...] = image_shape
@@ -80,9 +80,10 @@ def layers(net: Architecture, image_shape: tuple[int, int, int], classes: int) -
 
 
 def training_flops(net: Architecture, image_shape: tuple[int, int, int], classes: int) -> int:
-    """Floating-point operations of one example's step: forward, gradients of weights and of inputs.
+    """Floating-point operations of one gradient step on one example.
 
-    The gradient of the images themselves is not taken; what is no matrix product is not counted.
+    Counted are the matrix products of the forward pass and of the gradients of weights and layer inputs.
+    The gradient of the image itself is not computed, so it is not counted.
     """
     products = []
     for layer in layers(net, image_shape, classes):
@@ -95,28 +96,29 @@ def training_flops(net: Architecture, image_shape: tuple[int, int, int], classes
 
 
 def _padding(net: Architecture, i: int) -> int:
-    """Zeros on each side of conv `i` (from 1). Half a kernel keeps the size, as in the tutorial's conv1."""
+    """Zeros added on each side by conv `i` (from 1): half a kernel keeps the image's size, or none."""
     padded = net.padding == "all" or (net.padding == "first" and i == 1)
     return net.kernel_size // 2 if padded else 0
 
 
 def _convolved(kernel: int, padding: int, size: tuple[int, ...], i: int) -> tuple[int, ...]:
-    low = min(size) + 2 * padding
-    if kernel > low:
-        padded = f", {low} with its padding" if padding else ""
+    largest = min(size) + 2 * padding
+    if kernel > largest:
+        padded = f" ({largest} with padding)" if padding else ""
         raise ShapeError(
             "kernel_size",
-            f"conv{i} sees an image of {size[0]}x{size[1]}{padded}, so its kernel can be at most {low}; "
+            f"the input of conv{i} is {size[0]}x{size[1]}{padded}, so its kernel can be at most {largest}; "
             "choose a smaller model.kernel_size or fewer model.channels",
         )
     return tuple(side + 2 * padding - kernel + 1 for side in size)
 
 
 def _pooled(size: tuple[int, ...], i: int) -> tuple[int, ...]:
-    if any(side % POOL for side in size):
+    if any(side % POOL_SIZE for side in size):
         raise ShapeError(
             "kernel_size",
-            f"conv{i} puts out {size[0]}x{size[1]}, and a {POOL}x{POOL} pool would silently crop that; "
+            f"the output of conv{i} is {size[0]}x{size[1]}, "
+            f"which a {POOL_SIZE}x{POOL_SIZE} pool would silently crop; "
             "choose another model.kernel_size, model.padding or number of model.channels",
         )
-    return tuple(side // POOL for side in size)
+    return tuple(side // POOL_SIZE for side in size)

@@ -19,7 +19,7 @@ MISTAKES = [
     (["model.kernal_size=3"], ["'model.kernal_size'", "Did you mean 'model.kernel_size'?"]),
     (["+model.kernal_size=3"], ["'model.kernal_size'", "Did you mean 'model.kernel_size'?"]),
     (["optimizer.lrr=1"], ["'optimizer.lrr'", "Did you mean 'optimizer.lr'?"]),
-    (["optimizer=sgd", "+optimizer.eps=1"], ["'optimizer.eps'", "optimizer that was chosen"]),
+    (["optimizer=sgd", "+optimizer.eps=1"], ["'optimizer.eps'", "selected optimizer"]),
     (["lrr=0.1,0.2", "-m"], ["'lrr'", "Did you mean 'lr'?"]),
     (["lr=0.1,0.2", "+sedd=1", "-m"], ["'sedd'", "Did you mean 'seed'?"]),
     # --- types
@@ -36,7 +36,7 @@ MISTAKES = [
     (["lr=nan"], ["lr=nan", "above 0, at most 1000"]),
     (["lr=0.1,-1", "-m"], ["lr=-1", "above 0, at most 1000"]),
     (["model.hidden=[9,9,9,9,9,9,9,9,9]"], ["model.hidden=[9, 9, 9", "0 to 8 entries"]),
-    (["data.train_size=50000", "data.val_size=20000"], ["data.train_size=50000", "at most 40000 are left"]),
+    (["data.train_size=50000", "data.val_size=20000"], ["data.train_size=50000", "at most 40000"]),
     # --- shapes
     (["model.kernel_size=99"], ["model.kernel_size=99", "conv2", "at most 14"]),
     (["model.kernel_size=4"], ["model.kernel_size=4", "29x29", "silently crop"]),
@@ -70,7 +70,7 @@ MISTAKES = [
     (["+experiment=learning_rates"], ["is a sweep", "needs -m"]),
     (["hydra.sweep.subdir=x", "lr=0.1,0.2", "-m"], ["hydra.sweep.subdir"]),
     # --- where runs are tracked
-    (["tracking.uri='http://['"], ["tracking.uri='http://['", "is no URI"]),
+    (["tracking.uri='http://['"], ["tracking.uri='http://['", "is not a valid URI"]),
     (["tracking.uri=postgresql://user:secret@localhost/db"], ["tracking.uri", "would be stored"]),
     (["tracking.uri=file:///tmp/x"], ["tracking.uri='file:///tmp/x'", "sqlite:///, http://"]),
     (["tracking.uri=http://user:secret@localhost"], ["tracking.uri", "MLFLOW_TRACKING_PASSWORD"]),
@@ -98,7 +98,7 @@ def test_password_in_a_refused_uri_is_not_repeated(cli):
 
 @pytest.mark.parametrize("arguments", [["device=cuda:99"], ["device=cpu,cuda:99", "-m"]])
 def test_missing_gpu_is_refused_with_those_there_are(command, tmp_path, arguments):
-    _refused(command(*arguments), tmp_path, ["device='cuda:99'", "CUDA GPUs that torch sees", "device=cpu"])
+    _refused(command(*arguments), tmp_path, ["device='cuda:99'", "CUDA GPUs that torch finds", "device=cpu"])
 
 
 # --- folders that cannot be written
@@ -108,7 +108,7 @@ def test_missing_gpu_is_refused_with_those_there_are(command, tmp_path, argument
 def test_output_folder_below_a_file_is_refused(command, tmp_path, key, flags):
     (tmp_path / "file").write_text("kept")
     done = command(f"{key}=file/below", "data=fashion_mnist_mini", *flags)
-    _refused(done, tmp_path, [str(tmp_path / "file"), "is no folder"], left={"file"})
+    _refused(done, tmp_path, [str(tmp_path / "file"), "is a file, so the folder"], left={"file"})
     assert (tmp_path / "file").read_text() == "kept"
 
 

@@ -157,7 +157,7 @@ def test_long_value_is_shown_shortened(make_config):
     [
         ("optimizer=nesterov", "optimizer.momentum", 0.0, "optimizer.nesterov=true"),
         ("data=fashion_mnist_mini", "data.train_size", 2001, "2000 training examples"),
-        ("data=fashion_mnist_mini", "data.val_size", 2000, "some must be left"),
+        ("data=fashion_mnist_mini", "data.val_size", 2000, "must be less than the 2000"),
         ("model=lenet", "model.kernel_size", 15, "at most 14"),
         ("model=lenet", "model.padding", "all", None),
         ("tracking=mlflow", "tracking.uri", "sqlite", "sqlite:///"),
@@ -296,7 +296,7 @@ def test_damaged_config_raises_nothing_but_config_errors(make_config, tmp_path):
         ("", "expected keys and values, got NoneType"),
         ("- 1", "got list"),
         ("[" * 5000, "not a config in YAML"),
-        ("lr: 1", "lacks epochs"),
+        ("lr: 1", "has no value for epochs"),
         ("lrr: 1", "Did you mean 'lr'?"),
         ("1: 2", "'1' is not a key"),
         ("a: 2024-13-99", "not a config in YAML"),

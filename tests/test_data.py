@@ -65,11 +65,11 @@ def test_idx_file_gives_back_what_was_written(tmp_path):
         (b"", r"not an IDX file of bytes \(it starts with nothing\)"),
         (b"\0\0\x0d\x01" + bytes(8), "not an IDX file of bytes"),
         (b"\x1f\x8b\x08\x00", r"not an IDX file of bytes \(it starts with 1f8b0800\)"),
-        (b"\0\0\x08\x03\0\0", "cut off inside its header"),
-        (idx((2, 3), [1, 2, 3, 4, 5]), "promises 6 values"),
-        (idx((2, 3), [1] * 7), "promises 6 values"),
-        (idx((0,), []), "promises 0 values"),
-        (idx((2**32 - 1,) * 4, [1]), "promises"),
+        (b"\0\0\x08\x03\0\0", "truncated inside its header"),
+        (idx((2, 3), [1, 2, 3, 4, 5]), "announces 6 values"),
+        (idx((2, 3), [1] * 7), "announces 6 values"),
+        (idx((0,), []), "announces 0 values"),
+        (idx((2**32 - 1,) * 4, [1]), "announces"),
     ],
 )
 def test_damaged_idx_file_is_named_with_what_is_wrong(tmp_path, content, complaint):

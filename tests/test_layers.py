@@ -10,8 +10,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
 
-from lenet_sweep.training import layers
+from lenet_sweep.training import layers, model
 
+# Each pool and torch's function of the same result.
 POOLS = [(layers.AvgPool2d, F.avg_pool2d), (layers.MaxPool2d, F.max_pool2d)]
 SIDES = [(6, 4), (7, 8), (6, 5), (9, 3)]
 
@@ -54,6 +55,17 @@ def test_pool_and_its_gradient_are_the_librarys(draw, ours, library, sides):
         torch.testing.assert_close(found, expected)
 
 
+def test_every_pool_of_the_config_is_compared_with_the_librarys():
+    assert {pool for pool, _ in POOLS} == set(model.POOLS.values())
+
+
+@pytest.mark.parametrize("pool", model.POOLS.values())
+def test_pool_of_windows_is_the_pool_of_the_whole(draw, pool):
+    conv, x = layers.Conv2d(1, 3, 5, padding=2).double(), draw(2, 1, 12, 12)
+    assert conv.prefers_windows(x)
+    torch.testing.assert_close(pool(2).of_windows(conv.windows(x)), pool(2)(conv(x)))
+
+
 @pytest.mark.parametrize("padding", [0, 2])
 def test_first_and_second_derivatives_of_the_convolution_are_those_of_finite_differences(draw, padding):
     layer = layers.Conv2d(2, 3, 3, padding=padding)
@@ -62,7 +74,7 @@ def test_first_and_second_derivatives_of_the_convolution_are_those_of_finite_dif
     assert torch.autograd.gradgradcheck(functools.partial(convolution, layer), tensors)
 
 
-@pytest.mark.parametrize("pool", [pool for pool, _ in POOLS])
+@pytest.mark.parametrize("pool", model.POOLS.values())
 def test_first_and_second_derivatives_of_a_pool_are_those_of_finite_differences(draw, pool):
     x = draw(2, 2, 4, 6)
     assert torch.autograd.gradcheck(pool(2), x)
@@ -86,7 +98,7 @@ def test_what_is_no_number_comes_through_a_pool(ours, library, bad):
         torch.testing.assert_close(ours(2)(x), library(x, 2), equal_nan=True, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("pool", [layers.AvgPool2d, layers.MaxPool2d])
+@pytest.mark.parametrize("pool", model.POOLS.values())
 def test_gradients_of_many_networks_at_once_are_those_of_each_alone(draw, make_blocks, pool):
     network = make_blocks(1, 3, 5, 2, nn.Sigmoid, pool)
     x_RNCHW = draw(5, 2, 1, 12, 12).detach()
@@ -103,7 +115,7 @@ def test_gradients_of_many_networks_at_once_are_those_of_each_alone(draw, make_b
             torch.testing.assert_close(together[name][run], gradient)
 
 
-ACTIVATIONS = [nn.Sigmoid, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU]
+ACTIVATIONS = list(model.ACTIVATIONS.values())
 BLOCKS = [  # channels in, channels out, kernel, padding
     (1, 3, 5, 2),
     (1, 2, 2, 0),
@@ -138,7 +150,7 @@ def library_layers(network):
 
 
 @pytest.mark.parametrize("sides", [(12, 12), (11, 12), (13, 13)], ids=str)
-@pytest.mark.parametrize("pool", [layers.AvgPool2d, layers.MaxPool2d])
+@pytest.mark.parametrize("pool", model.POOLS.values())
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_layers_taken_together_give_the_librarys_values_and_gradients(
@@ -188,7 +200,7 @@ def test_of_equals_in_a_window_the_librarys_learns_in_layers_taken_together(make
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("pool", [layers.AvgPool2d, layers.MaxPool2d])
+@pytest.mark.parametrize("pool", model.POOLS.values())
 def test_what_is_no_number_comes_through_layers_taken_together(make_blocks, pool):
     network = make_blocks(1, 3, 5, 2, nn.ReLU, pool)
     for bad in (float("nan"), float("inf")):
@@ -198,7 +210,7 @@ def test_what_is_no_number_comes_through_layers_taken_together(make_blocks, pool
         assert network(x)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("pool", [layers.AvgPool2d, layers.MaxPool2d])
+@pytest.mark.parametrize("pool", model.POOLS.values())
 def test_first_and_second_derivatives_of_layers_taken_together_are_those_of_finite_differences(
     draw, make_blocks, pool
 ):
@@ -220,7 +232,7 @@ def test_convolution_is_the_librarys_on_a_gpu_and_ours_on_a_cpu():
         assert layer.to("cuda")(x.to("cuda")).grad_fn.name() == "ConvolutionBackward0"
 
 
-@pytest.mark.parametrize("pool", [layers.AvgPool2d, layers.MaxPool2d])
+@pytest.mark.parametrize("pool", model.POOLS.values())
 def test_pool_has_channels_innermost_on_a_cpu_alone_and_so_has_its_gradient(pool):
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     y = pool(2)(x)

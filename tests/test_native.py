@@ -1,16 +1,19 @@
 """The compiled step against autograd, and its promises: same bits on any threads, no access out of bounds."""
 
 import copy
+import re
 import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from lenet_sweep.config import schema
 from lenet_sweep.errors import DeviceError
 from lenet_sweep.paths import cache_folder
 from lenet_sweep.training import compiler, engine, model, native, optim
@@ -220,12 +223,12 @@ def test_a_step_that_differs_from_autograd_is_not_used(make_native, monkeypatch)
     monkeypatch.setattr(
         compiler, "_definitions", lambda c: [d.replace("=Sigmoid", "=Tanh") for d in definitions(c)]
     )
-    with pytest.raises(Unavailable, match="differs from autograd"):
+    with pytest.raises(Unavailable, match="differ from autograd"):
         make_native()
 
 
 def test_too_large_a_network_is_left_to_torch(make_native, monkeypatch):
-    monkeypatch.setattr(native, "MOST_BYTES", 1000)
+    monkeypatch.setattr(native, "MAX_WORKSPACE_BYTES", 1000)
     with pytest.raises(Unavailable, match="working memory"):
         make_native()
 
@@ -239,9 +242,41 @@ def test_auto_takes_the_native_step_and_falls_back_with_a_reason(make_config, mo
     monkeypatch.delenv("CXX", raising=False)
     step, why = choose_backend(network, CPU, config.model, "auto", amp=False)
     assert step.name == "torch"
-    assert "there is no C++ compiler" in why
-    with pytest.raises(DeviceError, match="backend=native: there is no C"):
+    assert "no C++ compiler" in why
+    with pytest.raises(DeviceError, match="backend=native: no C"):
         choose_backend(network, CPU, config.model, "native", amp=False)
+
+
+def test_every_activation_and_pool_of_the_config_has_a_module_and_a_struct():
+    source = compiler.SOURCE.read_text(encoding="utf-8")
+    for names, modules, structs in (
+        (schema.Activation, model.ACTIVATIONS, compiler.NATIVE_ACTIVATIONS),
+        (schema.Pool, model.POOLS, compiler.NATIVE_POOLS),
+    ):
+        assert set(get_args(names)) == set(modules) == set(structs)
+        assert len(set(structs.values())) == len(structs)
+        for struct in structs.values():
+            assert re.search(rf"^struct {struct} {{", source, re.MULTILINE), struct
+
+
+def test_every_activation_and_pool_is_compared_with_autograd(make_config):
+    compared = [make_config(*overrides).model for overrides in NETWORKS]
+    assert {network.activation for network in compared} == set(model.ACTIVATIONS)
+    assert {network.pool for network in compared} == set(model.POOLS)
+
+
+@pytest.mark.parametrize(("table", "name"), [("NATIVE_ACTIVATIONS", "activation"), ("NATIVE_POOLS", "pool")])
+def test_layer_without_a_struct_falls_back_to_torch_with_a_reason(make_config, monkeypatch, table, name):
+    config = make_config("data=fashion_mnist_mini").model
+    missing = getattr(config, name)
+    structs = {key: struct for key, struct in getattr(compiler, table).items() if key != missing}
+    monkeypatch.setattr(compiler, table, structs)
+    network = model.build(config, generator(0, "init"))
+    step, why = choose_backend(network, CPU, config, "auto", amp=False)
+    assert step.name == "torch"
+    assert f"it does not support {name}={missing}" in why
+    with pytest.raises(DeviceError, match=f"backend=native: it does not support {name}={missing}"):
+        choose_backend(network, CPU, config, "native", amp=False)
 
 
 def test_amp_and_other_devices_take_torchs_step_without_a_word(make_config):
@@ -255,7 +290,7 @@ def test_command_without_compiler_says_so_in_one_line_and_trains(command_in, tmp
     monkeypatch.delenv("CXX", raising=False)
     done = command_in(tmp_path, "+debug=fast", "tracking=none")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("the native one is not available") == 1
+    assert done.stdout.count("the native backend is not available") == 1
 
 
 def test_many_processes_compile_once_and_all_get_it(tmp_path):

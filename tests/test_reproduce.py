@@ -125,7 +125,7 @@ def test_override_makes_a_variant_that_is_tagged_with_its_origin(cli, trained, t
     ("change", "complaint"),
     [
         ({"surprise": 1}, "'surprise' is not a key of the config"),
-        ({"seed": "${oc.env:HOME}"}, "a stored config holds values, nothing to be resolved"),
+        ({"seed": "${oc.env:HOME}"}, "a stored config must not contain interpolations"),
         ({"lr": -1}, "lr=-1: must be a number above 0"),
         ({"model": {"_target_": "os.system"}}, "'model._target_' is not a key of the config"),
         ({"data": "../../etc"}, "data='../../etc'"),

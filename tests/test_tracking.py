@@ -185,7 +185,7 @@ def test_file_that_is_no_database_is_refused(tmp_path):
 
 def test_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "mlruns").write_text("a file is in the way\n")
-    with pytest.raises(OutputError, match="mlruns: is no folder"):
+    with pytest.raises(OutputError, match="mlruns: is a file, so the folder"):
         mlflow_client.check(local(tmp_path))
 
 

@@ -1,6 +1,6 @@
-"""The config: types, ranges, and the way from plain values to checked dataclasses and back.
+"""The config: types and ranges of all fields, conversion from plain values to dataclasses and back.
 
-Values are in conf/*.yaml. A config is data: nothing that it names is imported or instantiated here.
+The values are in conf/*.yaml. A config is data: nothing named in one is imported or instantiated.
 
 May import: shapes, errors, paths.
 """

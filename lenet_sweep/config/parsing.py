@@ -1,4 +1,10 @@
-"""TODO config.parsing."""
+"""Conversion between plain values (YAML, Hydra) and the dataclasses of `config.schema`.
+
+`parse` builds a `Config` from nested dicts and `to_dict` reverses it; `load` and `dump` do the same for YAML.
+Values are checked against the type hints of the schema: `Literal` lists the allowed names, and `Annotated`
+carries a `Range` or a `Length`. A `ConfigError` names the field, the value, what is allowed and the closest
+known name.
+"""
 
 import dataclasses
 import math
@@ -14,11 +20,11 @@ from lenet_sweep.errors import ConfigError, suggestion
 
 
 def parse(values: dict[str, Any]) -> Config:
-    """Build the `Config` that `values` (nested dicts, lists and plain values) describe.
+    """Build a `Config` from nested dicts, lists and plain values.
 
     Raises:
         ConfigError: for an unknown or missing key, a wrong type, a value out of range, or values
-            that cannot work together.
+            that contradict each other.
     """
     config = _section(Config, values, "")
     assert isinstance(config, Config)
@@ -26,28 +32,32 @@ def parse(values: dict[str, Any]) -> Config:
 
 
 def load(path: Path) -> Config:
-    """Read a stored config.yaml. The file is untrusted: it is parsed as plain YAML, nothing more."""
+    """Read a stored config.yaml. The file is untrusted, so only plain YAML without aliases is allowed.
+
+    Raises:
+        ConfigError: if the file cannot be read, is not YAML, or does not hold a valid config.
+    """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
         leaves = list(flatten(values)) if isinstance(values, dict) else []
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except (yaml.YAMLError, AttributeError, LookupError, RecursionError, ValueError) as error:
-        # PyYAML lets errors of its constructors through, as for "!!timestamp x" or "!!bool x".
+        # PyYAML does not wrap the errors of its constructors, for example of "!!timestamp x" or "!!bool x".
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{path}: not a config in YAML: {reason}") from error
+        raise ConfigError(f"{path}: is not a config in YAML: {reason}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: not a config: expected keys and values, got {type(values).__name__}")
+        raise ConfigError(f"{path}: is not a config: expected keys and values, got {type(values).__name__}")
     for key, value in leaves:
         if isinstance(value, str) and "${" in value:
             raise ConfigError(
-                f"{path}: {key}={value!r}: a stored config holds values, nothing to be resolved"
+                f"{path}: {key}={value!r}: a stored config must not contain interpolations (${{...}})"
             )
     return parse(values)
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Safe YAML without aliases, with which a short file can stand for an endless or a huge one."""
+    """Safe YAML without aliases: with them, a short file can expand to one of unlimited size."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -57,19 +67,19 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def dump(config: Config) -> str:
-    """The config as YAML; `load` gives back an equal one."""
+    """The config as YAML. `load` returns an equal config."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Nested dicts and lists of plain values."""
+    """The config as nested dicts and lists of plain values. `parse` returns an equal config."""
     values = _to_plain(dataclasses.asdict(config))
     assert isinstance(values, dict)
     return values
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every leaf as ('model.pool', 'avg')."""
+    """Yield every leaf with its dotted name, such as ('model.pool', 'avg')."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
@@ -81,23 +91,23 @@ def known_keys(section: type = Config, prefix: str = "") -> Iterator[str]:
     """Yield the dotted name of every field and section."""
     for name, hint in get_type_hints(section).items():
         yield prefix + name
-        for option in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
+        for option in _options(hint):
             if dataclasses.is_dataclass(option):
                 assert isinstance(option, type)
                 yield from known_keys(option, f"{prefix}{name}.")
 
 
 def is_about_tracking(override: str) -> bool:
-    """Whether a word of the command line chooses the tracking, or sets something of it."""
+    """Whether this override of the command line selects or configures the tracking."""
     return override.lstrip("+").startswith("tracking")
 
 
 def unknown_key(key: str) -> ConfigError:
-    """The error for a key that this config does not have."""
+    """The error for a key that the config does not have, with the closest known key and all its siblings."""
     known = set(known_keys())
     if key in known:
         section = key.rpartition(".")[0]
-        return ConfigError(f"{key!r} is not a key of the {section} that was chosen.")
+        return ConfigError(f"{key!r} is not a key of the selected {section}.")
     section, _, name = key.rpartition(".")
     siblings = [k for k in known_keys() if k.rpartition(".")[0] == section]
     near = suggestion(key, known) or suggestion(name, set(siblings))
@@ -109,21 +119,21 @@ def unknown_key(key: str) -> ConfigError:
 
 
 def _section(section: type, values: Any, path: str) -> Any:
-    """Build dataclass `section` from the dict `values` that stands at `path`."""
+    """Build the dataclass `section` from the dict `values`, found at the dotted name `path`."""
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}={values!r}: must be a section with keys of its own")
+        raise ConfigError(f"{path}={_shown(values)}: must be a section with keys")
     hints = get_type_hints(section, include_extras=True)
     for key in values:
         if key not in hints:
             raise unknown_key(_join(path, str(key)))
     missing = [_join(path, name) for name in hints if name not in values]
     if missing:
-        raise ConfigError(f"the config lacks {', '.join(missing)}")
+        raise ConfigError(f"the config has no value for {', '.join(missing)}")
     return section(**{name: _value(hint, values[name], _join(path, name)) for name, hint in hints.items()})
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
-    """Check `value` against the type `hint`, converting whole numbers to floats and lists to tuples."""
+    """Check `value` against the type `hint`; convert integers to floats and lists to tuples as needed."""
     options = _options(hint)
     sections = [option for option in options if dataclasses.is_dataclass(option)]
     if sections:
@@ -139,7 +149,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 
 def _variant(sections: list[Any], value: Any, path: str) -> Any:
-    """Choose the section (SGD or Adam, say) whose `name` field allows the given name."""
+    """Choose the dataclass (for example SGDConfig or AdamConfig) whose `name` field allows the name."""
     if len(sections) == 1:
         return sections[0]
     names = {name: section for section in sections for name in get_args(get_type_hints(section)["name"])}
@@ -151,7 +161,7 @@ def _variant(sections: list[Any], value: Any, path: str) -> Any:
 
 
 def _accept(option: Any, value: Any, path: str) -> tuple[bool, Any]:
-    """Whether `value` is of type `option`, and the value as that type."""
+    """Return whether `value` is valid for the type `option`, and the value converted to it."""
     if option is type(None):
         return value is None, None
     if get_origin(option) is Literal:
@@ -165,7 +175,7 @@ def _accept(option: Any, value: Any, path: str) -> tuple[bool, Any]:
     if base is bool:
         return isinstance(value, bool), value
     if base is str:
-        # `tracking.experiment=2024` is a number to YAML and a name to the user.
+        # YAML parses `tracking.experiment=2024` as a number, but the user means a name.
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return isinstance(value, str) or number, str(value)
     assert base in (int, float), base
@@ -189,7 +199,7 @@ def _describe(option: Any) -> str:
     rule = f" {rules[0]}" if rules else ""
     if get_origin(base) is tuple:
         return f"a list of{rule}, each {_describe(get_args(base)[0])}"
-    return {bool: "true or false", str: "a text", int: "a whole number", float: "a number"}[base] + rule
+    return {bool: "true or false", str: "a string", int: "a whole number", float: "a number"}[base] + rule
 
 
 def _choices(options: tuple[Any, ...]) -> set[str]:

@@ -1,9 +1,8 @@
-"""The config as plain frozen dataclasses: the schema of everything under conf/.
+"""The schema of the config: frozen dataclasses with the type and range of every field.
 
-`parse` turns a nested dict (composed by Hydra, or read from a stored config.yaml) into a `Config`,
-or raises a `ConfigError` that names the field, the value, what is allowed and the nearest known
-name. Values live in YAML under conf/; this module holds types, ranges and what must fit together.
-A config is data: nothing named in one is imported, instantiated or resolved here.
+The default values and the meaning of every field are in conf/*.yaml. Checks that involve more than one
+field are in `__post_init__`. `config.parsing.parse` builds a `Config` from a nested dict, composed by Hydra
+or read from a stored config.yaml.
 """
 
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ from lenet_sweep import shapes
 from lenet_sweep.errors import ConfigError, suggestion
 from lenet_sweep.shapes import CLASSES, IMAGE_SHAPE
 
+# Size of each training set, without any held-out examples removed.
 TRAIN_EXAMPLES = {"fashion_mnist": 60_000, "mnist": 60_000, "fashion_mnist_mini": 2_000}
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers a field takes: `low` <= x <= `high`, without `low` itself if `above`."""
+    """The interval of allowed numbers: low <= x <= high, or low < x <= high if `above`."""
 
     low: float
     high: float
@@ -36,7 +36,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Length:
-    """How many entries a list may have."""
+    """The allowed number of entries of a list, bounds included."""
 
     low: int
     high: int
@@ -52,14 +52,19 @@ Fraction = Annotated[float, Range(0, 1)]
 WeightDecay = Annotated[float, Range(0, 10)]
 LearningRate = Annotated[float, Range(0, 1000, above=True)]
 
+# A new activation or pool also needs an entry in `training.model` and, for backend=native, a struct in
+# native.cpp and an entry in `training.compiler`. tests/test_native.py checks that none is missing.
+Activation = Literal["sigmoid", "tanh", "relu", "leaky_relu", "gelu", "silu"]
+Pool = Literal["avg", "max"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """LeNet of any size: convolutions, each with activation and 2x2 pool, then linear layers."""
+    """LeNet of any size: convolutions, each with an activation and a 2x2 pool, then linear layers."""
 
     name: str
-    activation: Literal["sigmoid", "tanh", "relu", "leaky_relu", "gelu", "silu"]
-    pool: Literal["avg", "max"]
+    activation: Activation
+    pool: Pool
     channels: Annotated[tuple[Annotated[int, Range(1, 1024)], ...], Length(1, 6)]
     kernel_size: Annotated[int, Range(1, 1_000)]
     padding: Literal["first", "all", "none"]
@@ -79,12 +84,12 @@ class SGDConfig:
 
     def __post_init__(self) -> None:
         if self.nesterov and self.momentum == 0:
-            raise ConfigError("optimizer.nesterov=true: needs optimizer.momentum above 0, such as 0.9")
+            raise ConfigError("optimizer.nesterov=true: needs optimizer.momentum above 0, for example 0.9")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamConfig:
-    """torch.optim.Adam (decay added to the gradient) or AdamW (decoupled decay)."""
+    """torch.optim.Adam (weight decay added to the gradient) or AdamW (decoupled weight decay)."""
 
     name: Literal["adam", "adamw"]
     lr: LearningRate
@@ -95,7 +100,7 @@ class AdamConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantScheduleConfig:
-    """The learning rate stays as it is."""
+    """A constant learning rate."""
 
     name: Literal["constant"]
 
@@ -111,7 +116,7 @@ class StepScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CosineScheduleConfig:
-    """The learning rate falls along half a cosine to `eta_min` over all epochs of the run."""
+    """Cosine annealing of the learning rate to `eta_min` over all epochs of the run."""
 
     name: Literal["cosine"]
     eta_min: Annotated[float, Range(0, 1000)]
@@ -119,7 +124,7 @@ class CosineScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which examples: `val_size` are held out of the training set, `train_size` of the rest are used."""
+    """The dataset. `val_size` training examples are held out; `train_size` of the others are used."""
 
     name: Literal["fashion_mnist", "mnist", "fashion_mnist_mini"]
     root: str
@@ -130,19 +135,19 @@ class DataConfig:
         available = TRAIN_EXAMPLES[self.name]
         if self.val_size >= available:
             raise ConfigError(
-                f"data.val_size={self.val_size}: {self.name} has {available} training examples; "
-                "some must be left to train on"
+                f"data.val_size={self.val_size}: must be less than the {available} training examples "
+                f"of {self.name}"
             )
         if self.train_size is not None and self.train_size + self.val_size > available:
             raise ConfigError(
-                f"data.train_size={self.train_size}: {self.name} has {available} training examples, of which "
-                f"data.val_size={self.val_size} are held out; at most {available - self.val_size} are left"
+                f"data.train_size={self.train_size}: must be at most {available - self.val_size}; "
+                f"{self.name} has {available} training examples, {self.val_size} of them held out (val_size)"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """Faster, less exact arithmetic; both off, numbers match the tutorial's."""
+    """Faster, less precise arithmetic; both are off by default."""
 
     tf32: bool
     amp: bool
@@ -150,7 +155,7 @@ class PrecisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MlflowConfig:
-    """Where runs are tracked: any MLflow tracking URI."""
+    """Tracking in MLflow, at any database or server URI that MLflow supports."""
 
     name: Literal["mlflow"]
     uri: str
@@ -161,21 +166,21 @@ class MlflowConfig:
             parts = urlsplit(self.uri)
             secret = parts.password or (parts.username if parts.scheme in ("http", "https") else None)
         except ValueError as error:
-            raise ConfigError(f"tracking.uri={self.uri!r}: is no URI: {error}") from error
+            raise ConfigError(f"tracking.uri={self.uri!r}: is not a valid URI: {error}") from error
         kind = parts.scheme.partition("+")[0]
         if (
             kind not in ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
             and self.uri != "databricks"
         ):
             raise ConfigError(
-                f"tracking.uri={self.uri!r}: must start with sqlite:///, http://, https:// or be another URI "
-                "that MLflow takes (its file store is no longer supported)"
+                f"tracking.uri={self.uri!r}: must start with sqlite:///, http:// or https://, or be another "
+                "database or server URI that MLflow supports; MLflow's file store is not supported"
             )
         if secret:
-            # The config is stored with every run, for everybody to read.
+            # The config is stored with every run, where anyone with access to the store can read it.
             raise ConfigError(
-                "tracking.uri: a password in the URI would be stored with every run; for a server, set "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+                "tracking.uri: must not contain a password, because it would be stored with every run; for a "
+                "server, set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             )
         if not self.experiment.strip():
             raise ConfigError("tracking.experiment='': must be the name of an MLflow experiment")
@@ -183,14 +188,14 @@ class MlflowConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NoTrackingConfig:
-    """Runs leave only their output folder."""
+    """No tracking: a run writes its output folder only."""
 
     name: Literal["none"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """How a sweep is carried out; changes no result."""
+    """How a sweep is executed. None of these fields changes a result."""
 
     workers: Annotated[int, Range(1, 1024)] | Literal["auto"]
     fuse: Annotated[int, Range(1, 4096)] | Literal["auto", "off"]
@@ -201,12 +206,12 @@ class SweepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that decides what one run does. The fields' meanings stand in conf/."""
+    """All settings of one run. conf/config.yaml describes every field."""
 
     lr: LearningRate
     epochs: Positive
     batch_size: Positive
-    seed: Annotated[int, Range(0, 2**53)]  # exact in every JSON and YAML reader
+    seed: Annotated[int, Range(0, 2**53)]  # exact in JSON and YAML, which may parse numbers as float64
     device: Device
     backend: Literal["auto", "torch", "native"]
     threads: Annotated[int, Range(1, 1024)] | Literal["auto"]
@@ -224,10 +229,12 @@ class Config:
         _check_device(self.device)
         if self.backend == "native" and self.device not in ("auto", "cpu"):
             raise ConfigError(
-                f"backend='native': is for CPUs, not for device={self.device}; use backend=auto"
+                f"backend='native': supports CPUs only, not device={self.device}; use backend=auto"
             )
         if self.backend == "native" and self.precision.amp:
-            raise ConfigError("backend='native': has float32 only, so precision.amp=true needs backend=torch")
+            raise ConfigError(
+                "backend='native': supports float32 only; with precision.amp=true use backend=torch"
+            )
         try:
             shapes.layers(self.model, IMAGE_SHAPE, CLASSES)
         except shapes.ShapeError as error:

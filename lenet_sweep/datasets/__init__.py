@@ -1,4 +1,4 @@
-"""Datasets as verified files: what they are, where they come from, how they are fetched.
+"""The datasets: catalogue of files and checksums, sources, download and verification.
 
 May import: config, shapes, errors, paths.
 """

@@ -1,7 +1,12 @@
-"""TODO datasets.catalog."""
+"""The catalogue of datasets: files, sizes, SHA-256 checksums and class names.
+
+Sizes and checksums are those of the unpacked IDX files. The download sources are in `datasets.sources`.
+"""
 
 from dataclasses import dataclass
 from typing import TypeVar
+
+from lenet_sweep.config.schema import TRAIN_EXAMPLES
 
 FILES = (
     "train-images-idx3-ubyte",
@@ -13,14 +18,14 @@ FILES = (
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a dataset is made of, and what its files must be."""
+    """One dataset, with what is needed to verify its files."""
 
     name: str
-    folder: str  # below the data root; torchvision's layout, so that its downloads are found
-    classes: tuple[str, ...]  # class i is called classes[i]
-    sizes: dict[str, int]  # bytes of each unpacked file
-    sha256: dict[str, str]  # of each unpacked file
-    packed_bytes: int  # about what a source sends in all; only scales the progress bar
+    folder: str  # below the data root, in torchvision's layout, so that its downloads are reused
+    classes: tuple[str, ...]  # classes[i] is the name of label i
+    sizes: dict[str, int]  # file name -> bytes, unpacked
+    sha256: dict[str, str]  # file name -> hex digest, unpacked
+    packed_bytes: int  # approximate size of a download, for the progress bar only
 
 
 T = TypeVar("T")
@@ -30,7 +35,11 @@ def _by_file(*values: T) -> dict[str, T]:
     return dict(zip(FILES, values, strict=True))
 
 
-FULL_SIZES = _by_file(47_040_016, 60_008, 7_840_016, 10_008)
+def _sizes(train: int, test: int) -> dict[str, int]:
+    """File sizes in bytes: a header of 16 or 8 bytes, then 28x28 bytes an image or 1 byte a label."""
+    return _by_file(16 + 784 * train, 8 + train, 16 + 784 * test, 8 + test)
+
+
 CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
 
 DATASETS = {
@@ -38,7 +47,7 @@ DATASETS = {
         name="fashion_mnist",
         folder="FashionMNIST/raw",
         classes=tuple(CLOTHES.split(",")),
-        sizes=FULL_SIZES,
+        sizes=_sizes(TRAIN_EXAMPLES["fashion_mnist"], 10_000),
         sha256=_by_file(
             "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
             "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -51,7 +60,7 @@ DATASETS = {
         name="mnist",
         folder="MNIST/raw",
         classes=tuple("0123456789"),
-        sizes=FULL_SIZES,
+        sizes=_sizes(TRAIN_EXAMPLES["mnist"], 10_000),
         sha256=_by_file(
             "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
             "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -60,12 +69,12 @@ DATASETS = {
         ),
         packed_bytes=11_600_000,
     ),
-    # The first 200 (train) and 50 (test) images of each class of Fashion-MNIST, made by tools/make_mini.py.
+    # The first 200 training and 50 test images of each class of Fashion-MNIST (tools/make_mini.py).
     "fashion_mnist_mini": Dataset(
         name="fashion_mnist_mini",
         folder="FashionMNISTMini/raw",
         classes=tuple(CLOTHES.split(",")),
-        sizes=_by_file(1_568_016, 2_008, 392_016, 508),
+        sizes=_sizes(TRAIN_EXAMPLES["fashion_mnist_mini"], 500),
         sha256=_by_file(
             "a724cd72799a6b1c3a81c4263865a75a73bb6473673b3394e34adf222930f19e",
             "4738fd437c0f8d6498ae7f6f5c86f1cc3c878d4116ff169fc5635bd6847899cc",

@@ -1,109 +1,106 @@
-"""TODO datasets.download."""
+"""Makes a dataset available: finds it below the data root, or downloads and verifies it.
+
+`ensure` returns the folder of a dataset. Missing files are downloaded from the first of the dataset's
+`sources.SOURCES` that works. A file lock lets one process download while others wait.
+"""
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
 from lenet_sweep.datasets import sources
 from lenet_sweep.datasets.catalog import DATASETS, FILES, Dataset
-from lenet_sweep.datasets.sources import DEBIAN_PACKAGE, SOURCES, Fetch, SourceFailed
+from lenet_sweep.datasets.sources import DEBIAN_PACKAGE, SOURCES, Download, SourceFailed
 from lenet_sweep.errors import ConfigError, DataError, OutputError
+from lenet_sweep.paths import lock_file
 
 
 def ensure(name: str, root: Path, say: Callable[[str], None] = print) -> Path:
     """Return the folder that holds the four unpacked, verified IDX files of dataset `name`.
 
-    Files that are there already need no right to write, and no network. `say` gets a line for
-    whatever a user should know: a source that failed, a file that was refused, a wait.
+    If all files are present, neither the network nor write permission is needed. `say` is called with a
+    line for each event that a user should know of: a failed source, a rejected file, a wait.
 
-    Raises ConfigError if there is no such dataset, DataError if no source works, and OutputError
-    if `root` cannot be read or, when something is missing, written.
+    Raises:
+        ConfigError: if there is no dataset `name`.
+        DataError: if files are missing and no source works.
+        OutputError: if `root` cannot be read, or files are missing and `root` cannot be written.
     """
     if name not in DATASETS:
-        raise ConfigError(f"there is no dataset {name!r}; allowed: {', '.join(DATASETS)}")
+        raise ConfigError(f"there is no dataset {name!r}; available: {', '.join(DATASETS)}")
     root = root.expanduser().absolute()
     folder = root / DATASETS[name].folder
     try:
         if _missing(DATASETS[name], folder):
             folder.mkdir(parents=True, exist_ok=True)
-            with _lock(root / f".{name}.lock", f"{name}: waiting for another process to fetch it", say):
-                _fetch(DATASETS[name], root, say)
+            with lock_file(
+                root / f".{name}.lock",
+                lambda: say(f"{name}: waiting for another process to fetch it"),
+                WAIT_S,
+            ):
+                _download(DATASETS[name], root, say)
     except OSError as error:
         raise OutputError(
-            f"no verified copy of {name} is in {folder}, and it cannot be fetched there: {error}. "
-            "Name a folder that can be written with data.root=... or LENET_SWEEP_DATA."
+            f"{folder}: has no verified copy of {name}, and it cannot be fetched there: {error}. "
+            "Choose a writable folder with data.root=... or LENET_SWEEP_DATA."
         ) from error
     return folder
 
 
-def is_here(name: str, root: Path) -> bool:
-    """Whether `ensure` would find all files of the dataset in `root`, and fetch nothing."""
+def is_downloaded(name: str, root: Path) -> bool:
+    """Whether all files of the dataset are below `root` and verified, so that `ensure` downloads nothing."""
     try:
         return not _missing(DATASETS[name], root.expanduser().absolute() / DATASETS[name].folder)
     except OSError:
         return False
 
 
-WAIT_S = 1  # waiting for another process is worth a line after this long
+WAIT_S = 1  # a wait for another process is reported after this time
 
 
 def _missing(dataset: Dataset, folder: Path) -> list[str]:
-    return [f for f in FILES if not (folder / f).is_file() or sources.sum_of(folder / f) != dataset.sha256[f]]
+    return [
+        f for f in FILES if not (folder / f).is_file() or sources.sha256_of(folder / f) != dataset.sha256[f]
+    ]
 
 
-@contextmanager
-def _lock(path: Path, waiting: str, say: Callable[[str], None]) -> Iterator[None]:
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=WAIT_S)
-    except Timeout:
-        say(waiting)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _fetch(dataset: Dataset, root: Path, say: Callable[[str], None]) -> None:
-    """Try the sources in order until nothing is missing; the caller holds the lock."""
-    for stale in root.glob(f".{dataset.name}.fetch-*"):  # of a process that was killed
+def _download(dataset: Dataset, root: Path, say: Callable[[str], None]) -> None:
+    """Try the sources in order until no file is missing; the caller holds the lock."""
+    for stale in root.glob(f".{dataset.name}.fetch-*"):  # left by a process that was killed
         shutil.rmtree(stale, ignore_errors=True)
     folder = root / dataset.folder
-    missing = _missing(dataset, folder)  # another process may have fetched it while we waited
+    missing = _missing(dataset, folder)  # another process may have downloaded it meanwhile
     with TemporaryDirectory(dir=root, prefix=f".{dataset.name}.fetch-") as work, _bars() as bars:
-        job = Fetch(
+        download = Download(
             dataset, folder, Path(work), list(missing), lambda text: say(f"{dataset.name}: {text}"), bars
         )
-        _use_what_lies_there(job)
-        tried: list[str] = []
+        _use_local_files(download)
+        failures: list[str] = []
         for label, source in SOURCES[dataset.name].items():
-            if job.missing:
-                if tried:
-                    job.say(f"{tried[-1]}; trying the next source")
-                sources.show(job, label)
+            if download.missing:
+                if failures:
+                    download.say(f"{failures[-1]}; trying the next source")
+                sources.start_bar(download, label)
                 try:
-                    source(job)
+                    source(download)
                 except SourceFailed as error:
-                    tried.append(f"{label}: {error}")
-        if job.missing:
-            raise DataError(_advice(job, tried))
+                    failures.append(f"{label}: {error}")
+        if download.missing:
+            raise DataError(_advice(download, failures))
         if missing:
-            job.say(f"the verified files are in {folder}")
+            download.say(f"the verified files are in {folder}")
 
 
 def _bars() -> Progress:
-    """Bars on a terminal, nothing elsewhere (there `_run` says a line instead)."""
+    """Progress bars on a terminal; otherwise disabled, and `sources._run` prints a line instead."""
     console = Console(stderr=True)
-    shrinking = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # so that the bar fits any width
+    shrinking = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # the bar fits any terminal width
     text = TextColumn("{task.description}", table_column=shrinking)
     columns = (text, BarColumn(bar_width=20), DownloadColumn(), TimeElapsedColumn())
     plain, piped = not console.is_terminal, not sys.stdout.isatty()
@@ -112,24 +109,24 @@ def _bars() -> Progress:
     )
 
 
-def _advice(job: Fetch, tried: list[str]) -> str:
-    debian = f"On Debian and Ubuntu, `apt-get install {DEBIAN_PACKAGE}` does.\n"
+def _advice(download: Download, failures: list[str]) -> str:
+    debian = f"On Debian and Ubuntu, `apt-get install {DEBIAN_PACKAGE}` installs it.\n"
     return (
-        f"{job.dataset.name}: no source works:\n"
-        + "".join(f"- {failure}\n" for failure in tried)
-        + f"By hand: put {', '.join(job.missing)} (as they are, or each as .gz) into {job.folder}; "
-        "their SHA-256 sums are checked.\n"
-        + (debian if job.dataset.name == "fashion_mnist" else "")
-        + f"Or set LENET_SWEEP_DATA to a folder in which {job.dataset.folder} has them already."
+        f"{download.dataset.name}: no source works:\n"
+        + "".join(f"- {failure}\n" for failure in failures)
+        + f"To install it by hand, copy {', '.join(download.missing)} (plain or .gz) into {download.folder}; "
+        "their SHA-256 checksums are verified.\n"
+        + (debian if download.dataset.name == "fashion_mnist" else "")
+        + f"Or set LENET_SWEEP_DATA to a folder whose {download.dataset.folder} has these files."
     )
 
 
-def _use_what_lies_there(job: Fetch) -> None:
-    """Unpack what the folder holds as `.gz`; keep aside what it holds with a wrong sum."""
-    for file in list(job.missing):
-        for lying in (job.folder / file, job.folder / f"{file}.gz"):
-            if file in job.missing and lying.exists():
+def _use_local_files(download: Download) -> None:
+    """Install the `.gz` files of the dataset's folder; rename files that have a wrong checksum."""
+    for file in list(download.missing):
+        for local in (download.folder / file, download.folder / f"{file}.gz"):
+            if file in download.missing and local.exists():
                 try:
-                    sources.place(job, file, lying)
+                    sources.install(download, file, local)
                 except SourceFailed as error:
-                    job.say(str(error))
+                    download.say(str(error))

@@ -90,7 +90,7 @@ def activation_stats(trained: TrainedModel, root: Path, most: int = 1000) -> lis
     noise = torch.randint(256, own.shape, dtype=torch.uint8, generator=generator(0, "noise"))
     kinds = {"test pictures": own, "inverted": 255 - own, "noise": noise}
     for other, title in (("mnist", "digits"), ("fashion_mnist", "clothes")):
-        if not trained.config.data.name.startswith(other) and download.is_here(other, root):
+        if not trained.config.data.name.startswith(other) and download.is_downloaded(other, root):
             kinds[title] = _test_images(other, root)[:most]
     return [activations.reaction(trained.network, kind, images) for kind, images in kinds.items()]
 

@@ -40,7 +40,9 @@ def check(configs: Iterable[Config], folder: Path, say: Callable[[str], None]) -
 
 def _compile_ahead(config: Config) -> None:
     """Compile the first run's native backend while torch is imported; a GPU needs none."""
-    if compiler.is_likely(config.backend, config.precision.amp) and not hardware.here().trains_on_gpu(config):
+    if compiler.native_is_likely(config.backend, config.precision.amp) and not hardware.here().trains_on_gpu(
+        config
+    ):
         compiler.compile_ahead(config.model)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lenet_sweep.errors import OutputError
-from lenet_sweep.paths import write_atomic
+from lenet_sweep.paths import lock_file, write_atomic
 from lenet_sweep.storage.result import Result, read_result
 
 INDEX = Path("outputs") / ".ledger"  # below the folder that the command is run in
@@ -44,18 +44,11 @@ def claim(config_hash: str, waiting: Callable[[], None]) -> Iterator[None]:
     """
     try:
         INDEX.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(str(INDEX / f"{config_hash}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            waiting()
-            lock.acquire()
+        lock = lock_file(INDEX / f"{config_hash}.lock", waiting)
     except OSError as error:
         raise OutputError(f"{INDEX}: cannot be written: {error.strerror}") from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def add(config_hash: str, entry: Entry) -> None:

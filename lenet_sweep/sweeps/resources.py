@@ -29,7 +29,10 @@ def choose_worker_count(jobs: Sequence[Config], groups: Sequence[JobGroup], hard
         return min(asked, len(groups))
     if any(hardware.trains_on_gpu(job) for job in jobs):
         return max(1, min(hardware.gpus, len(groups)))
-    if any(job.threads == "auto" and not compiler.is_likely(job.backend, job.precision.amp) for job in jobs):
+    if any(
+        job.threads == "auto" and not compiler.native_is_likely(job.backend, job.precision.amp)
+        for job in jobs
+    ):
         return 1
     threads = max(job.threads if isinstance(job.threads, int) else 1 for job in jobs)
     most = max(1, min(hardware.cores // threads, len(groups), hardware.free_bytes // _WORKER_BYTES))

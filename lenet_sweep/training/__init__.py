@@ -1,7 +1,7 @@
-"""Everything that can change a number, and nothing else: data, network, backends, optimizer, the loop.
+"""All code that can change a result: data, network, backends, optimizers and the training loop.
 
-The code version in every config hash is computed from all sources of this room and shapes.py (see
-`storage.fingerprint`). The loop is `engine.train`; a gradient step is in `backend`, `native` or `fused_step`.
+The training loop is `engine.train`. A gradient step is computed in `backend`, `native` or `fused_step`. The
+code version in every config hash covers all sources of this package and shapes.py (`storage.fingerprint`).
 
 May import: datasets, config, shapes, errors, paths.
 """

@@ -1,4 +1,10 @@
-"""TODO training.backend."""
+"""Backends compute the gradients of one network on a batch, and evaluate it.
+
+`choose_backend` selects one for a run: `TorchBackend` (autograd, any device) or `native.NativeBackend`
+(compiled code, CPU). Arrays of runs use `fused_step` instead.
+
+Shape suffixes: N examples, C channels, H height, W width, K classes.
+"""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -16,11 +22,16 @@ from lenet_sweep.training.data import Split, scaled
 from lenet_sweep.training.native import NativeBackend
 from lenet_sweep.training.threads import ThreadTeam
 
-EVALUATION_BATCH = 1000  # examples that pass forward at a time; changes no result's meaning
+EVALUATION_BATCH = 1000  # examples per forward pass in evaluation
 
 
 class Backend(Protocol):
-    """Gradients and evaluation of one network; totals are [sum of losses, number right], on the device."""
+    """Gradients and evaluation of one network.
+
+    `gradients` sets `.grad` of all parameters to the gradient of the batch's mean loss. It and `totals`
+    return [sum of losses, number correct], on the network's device. `predict` returns the most likely
+    classes, int64 of shape (N,).
+    """
 
     @property
     def name(self) -> str: ...
@@ -32,11 +43,11 @@ class Backend(Protocol):
 
 
 class TorchBackend:
-    """The step as torch does it, on any device.
+    """Gradients by torch's autograd, on any device.
 
-    On a CPU a few threads take a part of the batch each, from its images to its gradients: they wait
-    for each other once in a step, where torch's own do in every operation. So no example may have a
-    part in another's loss, as it has where batches are normalised; and `threads` decides the last bits.
+    On a CPU, each thread computes the gradients of one slice of the batch. The threads synchronise once per
+    step; torch's own threads would synchronise in every operation. The loss of an example must not depend on
+    other examples (no batch normalisation). `threads` changes the last bits of a result.
     """
 
     name = "torch"
@@ -48,48 +59,50 @@ class TorchBackend:
         self._team = ThreadTeam(threads)
 
     def gradients(self, examples: Split, indices_N: Tensor) -> Tensor:
-        """Put the mean loss's gradients into `.grad`; return [sum of losses, number right]."""
-        take = partial(self._part, examples, size=len(indices_N))
-        gradients, totals = zip(*self._team.map(take, indices_N.chunk(self._team.size)), strict=True)
-        for parameter, *parts in zip(self._parameters, *gradients, strict=True):
-            # In order, so that the bits are always the same; fused optimizers ask for no other layout.
-            parameter.grad = reduce(torch.add, parts).contiguous()
+        """Set `.grad` to the gradients of the batch's mean loss; return [sum of losses, number correct]."""
+        compute = partial(self._slice_gradients, examples, batch_size=len(indices_N))
+        gradients, totals = zip(*self._team.map(compute, indices_N.chunk(self._team.size)), strict=True)
+        for parameter, *slices in zip(self._parameters, *gradients, strict=True):
+            # The order of the sum is fixed, for reproducible bits. Fused optimizers require this layout.
+            parameter.grad = reduce(torch.add, slices).contiguous()
         sums: Tensor = reduce(torch.add, totals)
         return sums
 
-    def _part(self, examples: Split, indices_N: Tensor, size: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        """What these examples add to the gradients and totals of a batch of `size`."""
+    def _slice_gradients(
+        self, examples: Split, indices_N: Tensor, batch_size: int
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The contribution of these examples to the gradients and totals of a batch of `batch_size`."""
         batch = examples.take(indices_N)
         logits_NK = forward(self.network, batch.images_NCHW, self._amp)
         loss = F.cross_entropy(logits_NK, batch.labels_N, reduction="sum")
-        gradients = torch.autograd.grad(loss / size, self._parameters)
-        return gradients, loss_and_right(loss, logits_NK, batch.labels_N)
+        gradients = torch.autograd.grad(loss / batch_size, self._parameters)
+        return gradients, loss_and_correct(loss, logits_NK, batch.labels_N)
 
     def totals(self, examples: Split) -> Tensor:
-        """[sum of losses, number right] over all examples, in eval mode."""
+        """[sum of losses, number correct] over all examples, in eval mode."""
 
         @torch.no_grad()
-        def take(images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
+        def evaluate(images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
             logits_NK = forward(self.network, images_NCHW, self._amp)
             loss = F.cross_entropy(logits_NK, labels_N, reduction="sum")
-            return loss_and_right(loss, logits_NK, labels_N).to(total_dtype(labels_N.device))
+            return loss_and_correct(loss, logits_NK, labels_N).to(total_dtype(labels_N.device))
 
         self.network.eval()
-        parts = batches(examples, EVALUATION_BATCH // self._team.size)
-        totals = reduce(torch.add, self._team.map(take, *zip(*parts, strict=True)))
+        slices = batches(examples, EVALUATION_BATCH // self._team.size)
+        totals = reduce(torch.add, self._team.map(evaluate, *zip(*slices, strict=True)))
         self.network.train()
         return totals
 
     def predict(self, examples: Split) -> Tensor:
-        """The likeliest class of each example, int64 of shape (N,)."""
+        """The most likely class of each example, int64 of shape (N,), in eval mode."""
 
         @torch.no_grad()
-        def take(images_NCHW: Tensor) -> Tensor:
+        def classify(images_NCHW: Tensor) -> Tensor:
             return forward(self.network, images_NCHW, self._amp).argmax(1)
 
         self.network.eval()
-        parts = examples.images_NCHW.split(EVALUATION_BATCH // self._team.size)
-        classes = torch.cat(self._team.map(take, parts))
+        slices = examples.images_NCHW.split(EVALUATION_BATCH // self._team.size)
+        classes = torch.cat(self._team.map(classify, slices))
         self.network.train()
         return classes
 
@@ -97,29 +110,30 @@ class TorchBackend:
 def choose_backend(
     network: nn.Sequential, device: torch.device, config: ModelConfig, wanted: str, amp: bool
 ) -> tuple[Backend, str | None]:
-    """The backend for `network` that `wanted` (auto, torch or native) names.
+    """Choose the backend of `network`. `wanted` is auto, torch or native.
 
-    Returns it, and the reason if auto would have preferred the native backend and it is not available.
+    Returns:
+        The backend, and the reason for the fallback to torch if auto could not use the native backend.
 
     Raises:
-        DeviceError: if the native backend is required by name and is not available.
+        DeviceError: if `wanted` is native and that backend is not available.
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     if wanted == "torch" or (wanted == "auto" and (device.type != "cpu" or amp)):
         return TorchBackend(network, amp, threads), None
     try:
         if device.type != "cpu":
-            raise Unavailable(f"it is for CPUs, and this run is on {device}")
+            raise Unavailable(f"it supports CPUs only, and this run is on {device}")
         return NativeBackend(network, config, threads), None
     except Unavailable as error:
         if wanted == "native":
             raise DeviceError(f"backend=native: {error}") from error
-        reason = f"using the torch backend, which is slower; the native one is not available: {error}"
+        reason = f"using the torch backend, which is slower; the native backend is not available: {error}"
         return TorchBackend(network, amp, threads), reason
 
 
 def forward(network: nn.Module, images_NCHW: Tensor, amp: bool = False) -> Tensor:
-    """uint8 images to logits NK of the weights' type: float32, unless somebody changed it."""
+    """Compute logits NK of uint8 images. The dtype is that of the weights (float32), also with `amp`."""
     dtype = next(network.parameters()).dtype
     with torch.autocast(images_NCHW.device.type, torch.bfloat16) if amp else nullcontext():
         logits_NK: Tensor = network(scaled(images_NCHW, dtype))
@@ -127,16 +141,16 @@ def forward(network: nn.Module, images_NCHW: Tensor, amp: bool = False) -> Tenso
 
 
 def batches(examples: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels for one forward pass without gradients after another."""
+    """Yield images and labels in batches of `size`, in order; the last batch may be smaller."""
     return zip(examples.images_NCHW.split(size), examples.labels_N.split(size), strict=True)
 
 
-def loss_and_right(loss: Tensor, logits_NK: Tensor, labels_N: Tensor) -> Tensor:
-    """[sum of the losses, number right] of a batch whose summed loss is `loss`, shape (2,)."""
-    right = (logits_NK.argmax(1) == labels_N).sum()
-    return torch.stack([loss.detach(), right])
+def loss_and_correct(loss: Tensor, logits_NK: Tensor, labels_N: Tensor) -> Tensor:
+    """[sum of losses, number correct] of a batch, shape (2,). `loss` is the sum of its losses."""
+    correct = (logits_NK.argmax(1) == labels_N).sum()
+    return torch.stack([loss.detach(), correct])
 
 
 def total_dtype(device: torch.device) -> torch.dtype:
-    """float64, so that adding up an epoch loses nothing; Apple's GPUs have none."""
+    """The dtype of sums over an epoch: float64 to avoid rounding; float32 on Apple GPUs, which lack it."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -1,9 +1,8 @@
-"""Compiles native.cpp for one network, once per machine: the library then lies in a cache.
+"""Compiles native.cpp for one network and caches the library (`paths.cache_folder`).
 
-A library's name is a hash of the source, the flags, the compiler and the CPU, so a stale one is
-never taken. It is written under a temporary name and renamed, by one process at a time; the others
-wait for it. The cache is `$XDG_CACHE_HOME/lenet_sweep` or `~/.cache/lenet_sweep`, and only one that
-nobody else can write to is used, because what lies there is executed.
+The file name of a library is a hash of the source, the flags, the compiler and the CPU, so an outdated
+library is never used. One process compiles while others wait for its file lock; the finished library is
+renamed into the cache atomically.
 """
 
 import hashlib
@@ -23,7 +22,8 @@ from lenet_sweep.paths import atomic_path, cache_folder
 from lenet_sweep.shapes import CLASSES, IMAGE_SHAPE
 
 SOURCE = Path(__file__).with_name("native.cpp")
-# No -ffast-math: it would take NaNs for numbers, and its linker flag flushes denormals in the whole process.
+# Without -ffast-math: it assumes that there are no NaNs, and its linker flag flushes denormals to zero in
+# the whole process.
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -36,30 +36,30 @@ FLAGS = (
     "-fPIC",
     "-shared",
 )
-_NAMES = {
+# The structs of native.cpp, by the names of `config.schema`.
+NATIVE_ACTIVATIONS = {
     "sigmoid": "Sigmoid",
     "tanh": "Tanh",
     "relu": "Relu",
     "leaky_relu": "LeakyRelu",
     "gelu": "Gelu",
     "silu": "Silu",
-    "avg": "Average",
-    "max": "Maximum",
 }
+NATIVE_POOLS = {"avg": "Average", "max": "Maximum"}
 _TIMEOUT_S = 300
 
 
 class Unavailable(Exception):
-    """There is no native step for this network here; the text says why."""
+    """The native backend cannot be used for this network on this machine; the message is the reason."""
 
 
 def library(config: ModelConfig, extra: tuple[str, ...] = ()) -> Path:
-    """The shared library of this network's step, compiled now (about 2 s) if it is not in the cache.
+    """Return the path of the shared library for this network. Compile it (about 2 s) unless it is cached.
 
-    `extra` are further flags for the compiler.
+    `extra` are additional compiler flags.
 
     Raises:
-        Unavailable: without a C++ compiler, or if it fails.
+        Unavailable: if native.cpp lacks the activation or pool, there is no C++ compiler, or it fails.
     """
     command = [_compiler(), *FLAGS, _cpu_flag(), *extra, *_definitions(config)]
     path = cache_folder() / f"{_key(command)}.so"
@@ -71,22 +71,22 @@ def library(config: ModelConfig, extra: tuple[str, ...] = ()) -> Path:
                 with atomic_path(path) as temporary:
                     _compile([*command, str(SOURCE), "-o", str(temporary)])
     except (OSError, Timeout) as error:
-        raise Unavailable(f"the library cannot be written: {error}") from error
+        raise Unavailable(f"the compiled library cannot be written: {error}") from error
     return path
 
 
 def compile_ahead(config: ModelConfig) -> None:
-    """Start compiling what `library` will be asked for, in the background; it then waits for that."""
+    """Start compiling in a background thread. A later call of `library` waits for it at the file lock."""
 
     def compile_quietly() -> None:
-        with suppress(Unavailable):  # said when it is asked for
+        with suppress(Unavailable):  # reported by the later call of `library`
             library(config)
 
     threading.Thread(target=compile_quietly, daemon=True).start()
 
 
-def is_likely(backend: str, amp: bool) -> bool:
-    """Whether a run on a CPU with these settings will use the native backend; nothing is compiled to tell."""
+def native_is_likely(backend: str, amp: bool) -> bool:
+    """Whether a run on a CPU with these settings will probably use the native backend. Compiles nothing."""
     if backend == "torch" or amp:
         return False
     with suppress(Unavailable):
@@ -95,7 +95,7 @@ def is_likely(backend: str, amp: bool) -> bool:
 
 
 def _definitions(config: ModelConfig) -> list[str]:
-    """The network as macros: Conv<channels in, side in, channels out, kernel, padding>, Dense<in, out>."""
+    """The network as macros of native.cpp: Conv<in channels, in side, out channels, kernel, padding>, ..."""
     convs, denses = [], []
     for layer in shapes.layers(config, IMAGE_SHAPE, CLASSES):
         inputs, outputs = layer.input_shape, layer.output_shape
@@ -108,16 +108,22 @@ def _definitions(config: ModelConfig) -> list[str]:
     return [
         f"-DCONVS={', '.join(convs)}",
         f"-DDENSES={', '.join(denses)}",
-        f"-DACTIVATION={_NAMES[config.activation]}",
-        f"-DPOOL={_NAMES[config.pool]}",
+        f"-DACTIVATION={_struct('activation', config.activation, NATIVE_ACTIVATIONS)}",
+        f"-DPOOL={_struct('pool', config.pool, NATIVE_POOLS)}",
     ]
+
+
+def _struct(kind: str, name: str, structs: dict[str, str]) -> str:
+    if name not in structs:
+        raise Unavailable(f"it does not support {kind}={name}")
+    return structs[name]
 
 
 def _compiler() -> str:
     for name in filter(None, (os.environ.get("CXX"), "g++", "c++")):
-        if found := shutil.which(name):
-            return found
-    raise Unavailable("there is no C++ compiler (g++)")
+        if path := shutil.which(name):
+            return path
+    raise Unavailable("no C++ compiler (g++) is installed")
 
 
 def _cpu_flag() -> str:
@@ -130,7 +136,7 @@ def _compile(command: list[str]) -> None:
             command, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT_S
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"the compiler did not run: {error}") from error
+        raise Unavailable(f"the compiler could not run: {error}") from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or [done.stderr[-200:]]
         raise Unavailable(f"the compiler failed: {lines[0].rpartition('error: ')[2]}")
@@ -145,7 +151,7 @@ def _key(command: list[str]) -> str:
 
 
 def _cpu() -> str:
-    """What -march=native depends on."""
+    """The properties of the CPU that -march=native depends on."""
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model"))}))

@@ -1,4 +1,4 @@
-"""Datasets as tensors that live on the training device, pixels as they are stored: uint8.
+"""Datasets as tensors on the training device. Images stay uint8, as in the files.
 
 Shape suffixes: N examples, C channels (1), H height (28), W width (28).
 """
@@ -22,7 +22,7 @@ from lenet_sweep.training.randomness import generator
 
 @dataclass(frozen=True)
 class Split:
-    """Examples of one purpose, on one device: `images_NCHW` uint8, `labels_N` int64."""
+    """Examples on one device: `images_NCHW` uint8, `labels_N` int64."""
 
     images_NCHW: Tensor
     labels_N: Tensor
@@ -34,8 +34,8 @@ class Split:
         return Split(self.images_NCHW.to(device), self.labels_N.to(device))
 
     def take(self, indices_N: Tensor) -> "Split":
-        """The examples `indices_N`, or RN, in that order."""
-        # On a CPU index_select copies image by image, twenty times as fast as indexing does.
+        """The examples with these indices, in order. Indices of shape RN give images RNCHW and labels RN."""
+        # On a CPU, index_select copies whole images, 20 times as fast as advanced indexing.
         chosen = indices_N.flatten()
         images = self.images_NCHW.index_select(0, chosen).unflatten(0, indices_N.shape)
         return Split(images, self.labels_N[indices_N])
@@ -43,7 +43,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """The splits of a run. `val` is None unless examples were held out for it."""
+    """The splits of a run. `val` is None if no examples are held out."""
 
     train: Split
     test: Split
@@ -54,14 +54,15 @@ class Data:
 def load_data(
     config: DataConfig, seed: int, device: torch.device, say: Callable[[str], None] = print
 ) -> Data:
-    """Fetch what is missing, verify it, and put it on `device`.
+    """Load the dataset onto `device`; download and verify missing files first.
 
-    Which training examples are held out (`val_size`) and which are used (`train_size`) is drawn
-    from `seed`; with neither, all are used in their stored order. `say` is told, a line at a time,
-    what is fetched and from where.
+    The held-out examples (`val_size`) and the training examples (`train_size`) are a random choice that
+    depends on `seed` only. If neither is set, all training examples are used in their stored order. `say` is
+    called with a line for each download.
 
     Raises:
-        DataError: if no source has the dataset, or a file does not hold what it should.
+        DataError: if no source has the dataset, or a file has the wrong content.
+        OutputError: if files are missing and the folder cannot be written.
     """
     folder = download.ensure(config.name, Path(config.root), say)
     train = _read(folder, "train")
@@ -76,35 +77,34 @@ def load_data(
 
 
 def scaled(images_NCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 pixels to floats in [0, 1], on the device that they are on."""
+    """Convert uint8 pixels to floats in [0, 1], on the same device."""
     return images_NCHW.to(dtype).div_(255)
 
 
 def read_idx(path: Path) -> Tensor:
-    """The uint8 values of a file of LeCun's IDX format (http://yann.lecun.com/exdb/mnist).
+    """The values of a uint8 file in LeCun's IDX format (http://yann.lecun.com/exdb/mnist).
 
-    They are mapped from the file, not read: all processes that use it share one copy in memory.
+    The file is memory-mapped, so all processes that use it share one copy in memory.
 
     Raises:
-        DataError: if the file cannot be read, is of another kind, or is shorter or longer than its
-            header says.
+        DataError: if the file cannot be read, has another format, or its length differs from its header.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(4 + 4 * 255)  # the longest header there can be
+            start = file.read(4 + 4 * 255)  # the longest possible header
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     if len(start) < 4 or start[:3] != b"\0\0\x08":
-        raise DataError(f"{path}: not an IDX file of bytes (it starts with {start[:4].hex() or 'nothing'})")
+        raise DataError(f"{path}: is not an IDX file of bytes (its first bytes: {start[:4].hex() or 'none'})")
     header = 4 + 4 * start[3]
     if len(start) < header:
-        raise DataError(f"{path}: cut off inside its header ({len(start)} bytes)")
+        raise DataError(f"{path}: is truncated inside its header ({len(start)} bytes)")
     shape = struct.unpack(f">{start[3]}I", start[4:header])
     values = math.prod(shape)
     if size - header != values or values == 0:
-        raise DataError(f"{path}: its header promises {values} values {shape}, but {size - header} follow")
-    # Not shared: what somebody wrote into the tensor would stay in this process.
+        raise DataError(f"{path}: its header announces {values} values {shape}, but {size - header} follow")
+    # shared=False maps the file copy-on-write, so a write to the tensor does not change the file.
     return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[header:].reshape(shape)
 
 
@@ -113,8 +113,10 @@ def _read(folder: Path, prefix: str) -> Split:
     images_NHW, labels_N = read_idx(images), read_idx(labels).long()
     if images_NHW.shape[1:] != IMAGE_SHAPE[1:] or images_NHW.shape[0] != len(labels_N):
         raise DataError(
-            f"{images}: holds {tuple(images_NHW.shape)} for {len(labels_N)} labels, not 28x28 pictures"
+            f"{images}: has shape {tuple(images_NHW.shape)}, not 28x28 images for {len(labels_N)} labels"
         )
     if int(labels_N.max()) >= CLASSES:
-        raise DataError(f"{labels}: has a label {int(labels_N.max())}; the last class is {CLASSES - 1}")
+        raise DataError(
+            f"{labels}: has label {int(labels_N.max())}; the largest label allowed is {CLASSES - 1}"
+        )
     return Split(images_NHW.unsqueeze(1), labels_N)

@@ -1,4 +1,4 @@
-"""Which device a run trains on, and the process-wide switches that decide its arithmetic."""
+"""The device of a run, and the process-wide torch settings that affect its arithmetic."""
 
 import contextlib
 import ctypes
@@ -11,10 +11,10 @@ from lenet_sweep.errors import DeviceError
 
 
 def resolve(name: str) -> torch.device:
-    """Turn auto, cpu, mps, cuda or cuda:N into a device of this machine.
+    """Return the device for auto, cpu, mps, cuda or cuda:N.
 
     Raises:
-        DeviceError: if there is no such device here.
+        DeviceError: if this machine does not have it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
@@ -23,26 +23,26 @@ def resolve(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = _preferred_gpu if device.index is None else device.index
         if index >= count:
-            here = ", ".join(f"cuda:{i}" for i in range(count)) or "none"
+            available = ", ".join(f"cuda:{i}" for i in range(count)) or "none"
             raise DeviceError(
-                f"device={name!r}: there is no such GPU here (CUDA GPUs that torch sees: {here}); "
+                f"device={name!r}: is not available (CUDA GPUs that torch finds: {available}); "
                 "use device=auto or device=cpu"
             )
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.mps.is_available():
-        raise DeviceError("device='mps': torch sees no Apple GPU here; use device=auto or device=cpu")
+        raise DeviceError("device='mps': torch finds no Apple GPU; use device=auto or device=cpu")
     return device
 
 
 def prefer_gpu(index: int) -> None:
-    """Take this one of the GPUs, counted round, where a config leaves open which."""
+    """Use GPU `index` (modulo their number) for device=auto and device=cuda in this process."""
     global _preferred_gpu
     if torch.cuda.is_available():
         _preferred_gpu = index % torch.cuda.device_count()
 
 
 def describe(device: torch.device) -> str:
-    """The device's name for people: 'cuda:0 (NVIDIA H100)', 'cpu (2 threads)'."""
+    """A readable name, such as 'cuda:0 (NVIDIA H100)' or 'cpu (2 threads)'."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu":
@@ -52,15 +52,15 @@ def describe(device: torch.device) -> str:
 
 
 def facts(device: torch.device) -> tuple[str, int]:
-    """The device in words and the number of CPU threads in use, for `identity.environment`."""
+    """The readable name and the number of CPU threads, for `storage.environment`."""
     return describe(device), torch.get_num_threads()
 
 
 def set_arithmetic(threads: int | str, precision: PrecisionConfig) -> None:
-    """Set CPU threads, TF32 and cuDNN's choice of algorithms for this process.
+    """Set the number of CPU threads, TF32 and cuDNN's deterministic algorithms for this process.
 
-    PyTorch's own default lets convolutions use TF32 and cuDNN pick by timing; both change the
-    numbers from one machine, or one run, to the next.
+    By default PyTorch allows TF32 in convolutions, and cuDNN may use nondeterministic algorithms. Both change
+    results from one machine, or one run, to the next.
     """
     keep_freed_memory()
     torch.set_num_threads(threads if isinstance(threads, int) else _default_threads)
@@ -70,18 +70,18 @@ def set_arithmetic(threads: int | str, precision: PrecisionConfig) -> None:
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     if torch.cuda.is_available():
-        # cuBLAS reads this when it is first used; see torch's notes on reproducibility.
+        # cuBLAS reads this at its first use: https://docs.pytorch.org/docs/stable/notes/randomness.html.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks of any size for the next step.
+    """Configure glibc to reuse freed memory blocks of any size.
 
-    It would give those of some MB back to the kernel, and the page faults cost half of an eager step.
+    By default it returns blocks of several MB to the kernel, and the page faults take half of an eager step.
     """
     trim_threshold, mmap_threshold = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
         glibc = ctypes.CDLL("libc.so.6")
         glibc.mallopt(trim_threshold, 2**31 - 1)
         glibc.mallopt(mmap_threshold, 1 << 30)

@@ -1,7 +1,7 @@
-"""The training loop: one gradient step, one epoch, one pass over held-out examples.
+"""The training loop of one run, and evaluation.
 
-`train` yields an `EpochMetrics` after every epoch and does nothing else: progress display, tracking,
-checkpoints and early stopping are the job of its consumer (`runs.run`).
+`train` is a generator of `EpochMetrics`, one after every epoch. Progress display, tracking, checkpoints and
+early stopping are left to its consumer (`runs.session`).
 
 Shape suffixes: N examples.
 """
@@ -29,14 +29,14 @@ def train(
     first_epoch: int = 1,
     on_point: Callable[[CurvePoint], None] | None = None,
 ) -> Iterator[EpochMetrics]:
-    """Train the network of `state` in place and yield once an epoch; all tensors stay on the data's device.
+    """Train `state` in place from `first_epoch` to `epochs`; yield the metrics of every epoch.
 
-    The order of examples is a fresh permutation each epoch, drawn on the CPU from `seed` and the epoch's
-    number. A run that is restored to its state after epoch e and trained with `first_epoch` e + 1 is
-    therefore bit-identical to an uninterrupted one. `on_point` is called five times an epoch.
+    The order of examples is a new permutation in every epoch, which depends on `seed` and the epoch only. A
+    run that is restored to its state after epoch e and trained with `first_epoch` e + 1 is therefore
+    bit-identical to an uninterrupted run. `on_point` is called five times an epoch.
 
     Raises:
-        RunFailed: at the first curve point where the loss is not a finite number.
+        RunFailed: at the first curve point, or test, with a loss that is not finite.
     """
     data, device, backend = state.data, state.device, state.backend
     steps = math.ceil(len(data.train) / batch_size)
@@ -48,12 +48,12 @@ def train(
         order_N = epoch_order(len(data.train), seed, epoch).to(device)
         totals = torch.zeros(2, dtype=total_dtype(device), device=device)
         seen = 0
-        # A backend has threads of its own; torch's would synchronise at every tensor of a small update.
+        # Backends use their own threads; for the optimizer's small tensors torch's are only overhead.
         with torch_threads(1):
             for step, indices_N in enumerate(order_N.split(batch_size), start=1):
-                # One gradient step is `loss.backward(); optimizer.step()`. `gradients` is the forward and
-                # backward pass: autograd split over threads (backend.TorchBackend), or compiled for this CPU
-                # (native.NativeBackend). Arrays of runs have the third, vmapped (fused_step.gradient_step).
+                # A gradient step is `loss.backward(); optimizer.step()`. `gradients` computes the forward and
+                # backward pass: with autograd (backend.TorchBackend) or with compiled code for this CPU
+                # (native.NativeBackend). Runs trained as one array use fused_step.gradient_step instead.
                 totals += backend.gradients(data.train, indices_N)
                 state.optimizer.step()
                 seen += len(indices_N)
@@ -68,6 +68,6 @@ def train(
 
 
 def evaluate(backend: Backend, examples: Split) -> tuple[float, float]:
-    """Mean loss and accuracy over `examples`."""
+    """Mean loss (nats) and accuracy (in [0, 1]) over `examples`, in eval mode."""
     loss, accuracy = (backend.totals(examples) / len(examples)).tolist()  # host-device sync: one a pass
     return loss, accuracy

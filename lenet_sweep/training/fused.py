@@ -1,12 +1,13 @@
-"""Several runs trained together as one array: what `engine.train` is to one run, `train` is to many.
+"""Trains several runs together as one array: `train` is the counterpart of `engine.train` for many runs.
 
-Row r of every tensor belongs to run r. `gradient_step` and the optimizers are written for a single
-run, as functions without side effects, and `torch.func.vmap` carries them out for all rows at once.
-Runs may differ in seed, number of epochs, schedule and all numbers of the optimizer (`plan.array_key`
-says what must agree), and come out as if each had been trained alone, but for rounding. On a GPU,
-where LeNet alone leaves most of the device idle, the array costs little more than one run.
+The method is that of horizontally fused training arrays (Wang et al., MLSys 2021), implemented with vmap.
+Row r of every tensor belongs to run r. `fused_step.gradient_step` and the optimizers are written for one
+run, without side effects, and `torch.func.vmap` applies them to all rows at once. Runs may differ in seed,
+number of epochs, schedule and all hyperparameters of the optimizer (`sweeps.plan.array_key` lists what must
+agree). Each result equals that of training the run alone, up to rounding. One LeNet leaves most of a GPU
+idle, so on a GPU an array takes little more time than one run.
 
-Shape suffixes: R runs, P weights of a run (all its parameters, flat), H numbers of an optimizer,
+Shape suffixes: R runs, P weights of a run (all its parameters, flat), H hyperparameters of an optimizer,
 N examples, C channels, H height, W width (after N and C), K classes.
 """
 
@@ -26,7 +27,7 @@ from torch.func import vmap
 from lenet_sweep.errors import RunFailed
 from lenet_sweep.shapes import IMAGE_SHAPE
 from lenet_sweep.training import backend
-from lenet_sweep.training.backend import TorchBackend, batches, loss_and_right, total_dtype
+from lenet_sweep.training.backend import TorchBackend, batches, loss_and_correct, total_dtype
 from lenet_sweep.training.cuda_graph import GraphedStep
 from lenet_sweep.training.data import Data, Split
 from lenet_sweep.training.fused_step import (
@@ -45,13 +46,13 @@ from lenet_sweep.training.randomness import epoch_order
 
 @dataclass(eq=False)
 class Member:
-    """One run of the array. Its objects hold its state whenever `train` yields something of it.
+    """One run of the array. Its objects hold its current state whenever `train` yields its metrics.
 
-    Whoever consumes `train` may set `stopped`: the member then leaves before its next epoch.
+    The consumer of `train` may set `stopped`; the member then leaves the array before its next epoch.
     """
 
     network: nn.Sequential
-    optimizer: torch.optim.Optimizer  # of `optim.optimizer`, over all of the network's parameters
+    optimizer: torch.optim.Optimizer  # from `optim.optimizer`, for all parameters of the network
     schedule: torch.optim.lr_scheduler.LRScheduler
     seed: int
     epochs: int
@@ -60,17 +61,17 @@ class Member:
 
 
 class MemberBackend(TorchBackend):
-    """A member's own step, outside of the array: it evaluates, and names the arithmetic."""
+    """The backend of a member outside the array: for evaluation, and for the name stored with the run."""
 
     name = "fused"
 
 
 def width(device: torch.device, network: nn.Sequential, batch_size: int) -> int:
-    """How many runs like `network` fit in the memory that is free on `device`; at least 1."""
+    """The number of runs like `network` that fit into the free memory of `device`; at least 1."""
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     examples = max(batch_size, backend.EVALUATION_BATCH)
-    indexable = 2**31 // (examples * max(_outputs(network)))  # kernels count elements in 32 bits
+    indexable = 2**31 // (examples * max(_outputs(network)))  # CUDA kernels use 32-bit element indices
     return max(1, min(int(free * 0.8 / run_bytes(network, batch_size)), indexable))
 
 
@@ -95,20 +96,21 @@ def train(
     amp: bool = False,
     on_point: Callable[[int, CurvePoint], None] | None = None,
 ) -> Iterator[tuple[int, EpochMetrics | RunFailed]]:
-    """Train all `members` at once, yielding (index of member, its metrics) for each after each epoch.
+    """Train all `members` together; yield (index of the member, its metrics) for each, after every epoch.
 
-    Then the member's network, optimizer and schedule hold its state after that epoch just as
-    `engine.train` leaves them, so it can be saved, and resumed by either. The examples come in
-    the order of `engine.train`; where all orders agree, one batch serves all runs. Members leave
-    the array after their last epoch, when they are `stopped`, or when their loss is no longer a
-    finite number: that yields a `RunFailed` in place of metrics, and the others go on.
+    When an epoch is yielded, the member's network, optimizer and schedule hold its state after that epoch, as
+    with `engine.train`. It can therefore be saved, and resumed by either function. The order of examples is
+    that of `engine.train`; if it is the same for all members, they share each batch.
 
-    All members must agree in `plan.array_key`, their tensors lie on the data's device and have one
-    floating type. `examples_per_s` counts the member's own examples, so the array's throughput is
-    the sum over members; `epoch_s` is the time of the whole array's epoch. `on_point` is called
-    with the member's index, five times an epoch.
+    A member leaves the array after its last epoch, when it is `stopped`, or when its loss is not finite. In
+    the last case a `RunFailed` is yielded instead of metrics, and the other members continue.
+
+    All members must have the same `sweeps.plan.array_key`, and tensors of one floating dtype on the device of
+    `data`. `examples_per_s` counts the examples of the member, so the throughput of the array is the sum over
+    members; `epoch_s` is the time of the array's epoch. `on_point` is called with the member's index, five
+    times an epoch.
     """
-    epochs = [member.first_epoch for member in members]  # that each trains next
+    epochs = [member.first_epoch for member in members]  # the next epoch of each member
     failed: set[int] = set()
     array: _Array | None = None
     step: Callable[[Tensor], None] | None = None
@@ -117,7 +119,7 @@ def train(
         i for i, m in enumerate(members) if epochs[i] <= m.epochs and not m.stopped and i not in failed
     ]:
         if array is None or array.indices != indices:
-            array = step = None  # their memory goes before the next ones' comes
+            array = step = None  # free their memory before the new array is allocated
             array = _Array(indices, [members[i] for i in indices], data, amp)
             step = GraphedStep(array.step, device) if device.type == "cuda" else array.step
         assert step
@@ -130,9 +132,9 @@ def train(
 
 
 class _Array:
-    """The stacked state of `members`; their own objects are read once and written after each epoch.
+    """The stacked state of `members`. Their objects are read once, and updated after each epoch.
 
-    All tensors are changed in place and never replaced, so that CUDA graphs can be replayed on them.
+    All tensors are changed in place and never replaced, because CUDA graphs are replayed on them.
     """
 
     def __init__(self, indices: list[int], members: list[Member], data: Data, amp: bool) -> None:
@@ -150,17 +152,18 @@ class _Array:
         self.steps_R = torch.tensor([_steps(m) for m in members], dtype=precise, device=device)
         self.totals_R2 = torch.zeros(len(members), 2, dtype=precise, device=device)
         for member in members:
-            # Without gradients this changes nothing; schedules warn unless it has been called.
+            # A step without gradients changes nothing. Schedules warn if they step before the optimizer does.
             member.optimizer.zero_grad()
             member.optimizer.step()
 
     def begin_epoch(self) -> None:
+        """Reset the totals and read the current learning rates."""
         self.totals_R2.zero_()
         rates = [[*rates_of(m.optimizer).values()] for m in self.members]
         self.rates_RH.copy_(torch.tensor(rates, dtype=torch.float64))
 
     def step(self, indices: Tensor) -> None:
-        """One gradient step of all runs, on the examples `indices`: RN, or N for all runs alike."""
+        """One gradient step of all runs. `indices` has shape RN, or N if all runs share the batch."""
         self.steps_R += 1
         batch = self._train.take(indices)
         per_run = 0 if indices.ndim == 2 else None
@@ -175,12 +178,12 @@ class _Array:
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> list[tuple[float, float]]:
-        """Mean loss and accuracy over `split` of every run."""
+        """Mean loss and accuracy of every run over `split`."""
 
         def assess(weights_P: Tensor, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
             logits_NK = forward_with(self.members[0].network, weights_P, images_NCHW, self.amp)
             loss = F.cross_entropy(logits_NK, labels_N, reduction="sum")
-            return loss_and_right(loss, logits_NK, labels_N)
+            return loss_and_correct(loss, logits_NK, labels_N)
 
         self.members[0].network.eval()
         totals_R2 = torch.zeros_like(self.totals_R2)
@@ -192,7 +195,7 @@ class _Array:
 
     @torch.no_grad()
     def end_epoch(self, steps: int) -> None:
-        """Give every member its state after `steps` more steps."""
+        """Copy the state of each row to the objects of its member, after `steps` steps of this epoch."""
         for row, member in enumerate(self.members):
             parameters = list(member.network.parameters())
             for parameter, value in zip(parameters, unflatten(self.weights_RP[row], parameters), strict=True):
@@ -221,7 +224,7 @@ def _epoch(
     batch_size: int,
     on_point: Callable[[int, CurvePoint], None] | None,
 ) -> list[EpochMetrics | RunFailed]:
-    """Train each member through its epoch of `epochs`: the loop of `engine.train`, row by row."""
+    """Train one epoch of every member, numbered by `epochs`: the loop of `engine.train`, row by row."""
     steps = math.ceil(len(data.train) / batch_size)
     points = curve_steps(steps)
 
@@ -241,7 +244,7 @@ def _epoch(
             means = (array.totals_R2 / seen).tolist()  # host-device sync: five an epoch
             for row in range(len(meters)):
                 if row not in failures:
-                    with _noting_failure(failures, row):
+                    with _recording_failure(failures, row):
                         meters[row].add(step, *means[row])
     train_s = time.perf_counter() - started
     array.end_epoch(steps)
@@ -252,14 +255,14 @@ def _epoch(
     results: dict[int, EpochMetrics | RunFailed] = {}
     for row, meter in enumerate(meters):
         if row not in failures:
-            with _noting_failure(failures, row):
+            with _recording_failure(failures, row):
                 results[row] = meter.finish(tests[row], vals[row], seen / train_s, epoch_s)
     return [(results | failures)[row] for row in range(len(meters))]
 
 
 @contextmanager
-def _noting_failure(failures: dict[int, RunFailed], row: int) -> Iterator[None]:
-    """Keep the failure of one row, so that the others can continue."""
+def _recording_failure(failures: dict[int, RunFailed], row: int) -> Iterator[None]:
+    """Record the failure of one row instead of raising it, so that the others can continue."""
     try:
         yield
     except RunFailed as failure:
@@ -267,14 +270,14 @@ def _noting_failure(failures: dict[int, RunFailed], row: int) -> Iterator[None]:
 
 
 def _orders(members: list[Member], epochs: list[int], examples: int) -> Tensor:
-    """The order of examples of every member: RN, or N if all members have the same."""
+    """The order of examples of every member: shape RN, or N if all members have the same order."""
     draws = [(member.seed, epoch) for member, epoch in zip(members, epochs, strict=True)]
     orders = {draw: epoch_order(examples, *draw) for draw in draws}
     return orders[draws[0]] if len(orders) == 1 else torch.stack([orders[draw] for draw in draws])
 
 
 def _slot(member: Member, name: str) -> Tensor:
-    """What the optimizer of `member` remembers as `name`; zeros before its first step, as torch has it."""
+    """The optimizer state `name` of `member`, flat; zeros before the first step, as in torch."""
     parameters, state = list(member.network.parameters()), member.optimizer.state
     return flatten(
         state.get(parameter, {}).get(name, torch.zeros_like(parameter)) for parameter in parameters
@@ -282,13 +285,13 @@ def _slot(member: Member, name: str) -> Tensor:
 
 
 def _steps(member: Member) -> float:
-    """Steps that an Adam has taken; SGD does not count them."""
+    """The number of steps of an Adam optimizer so far; 0 for SGD, which does not count them."""
     first = next(member.network.parameters())
     return float(member.optimizer.state.get(first, {}).get("step", 0.0))
 
 
 def _outputs(network: nn.Sequential) -> list[int]:
-    """How many numbers each layer puts out for one image."""
+    """The number of outputs of each layer for one image."""
     weight = next(network.parameters())
     x_NCHW = torch.zeros(1, *IMAGE_SHAPE, dtype=weight.dtype, device=weight.device)
     with torch.no_grad():

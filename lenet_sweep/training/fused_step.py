@@ -1,4 +1,11 @@
-"""TODO training.fused_step."""
+"""One gradient step of one run as a pure function: gradients and optimizer update.
+
+`fused` applies `gradient_step` to all runs of an array with `torch.func.vmap`. torch's optimizers work in
+place, so SGD and Adam are written here as pure functions; the tests compare them with torch's.
+
+Shape suffixes: P weights of a run (all its parameters, flat), N examples, C channels, H height, W width,
+K classes.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -8,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from lenet_sweep.training.backend import loss_and_right
+from lenet_sweep.training.backend import loss_and_correct
 from lenet_sweep.training.data import scaled
 
-Slots = dict[str, Tensor]  # an optimizer's memory, by torch's names: each like the weights
-Rates = dict[str, Tensor]  # an optimizer's numbers: float64 scalars
+Slots = dict[str, Tensor]  # optimizer state by torch's names, each of the shape of the weights
+Rates = dict[str, Tensor]  # hyperparameters of the optimizer, float64 scalars
 Update = Callable[[Tensor, Tensor, Slots, Rates, Tensor], tuple[Tensor, Slots]]
 
 
@@ -27,15 +34,16 @@ def gradient_step(
     images_NCHW: Tensor,
     labels_N: Tensor,
 ) -> tuple[Tensor, Slots, Tensor]:
-    """One step of one run: its next weights and slots, and [sum of its losses, number right].
+    """One gradient step of one run. Returns the new weights and slots, and [sum of losses, number correct].
 
-    `network` lends its layers, not its weights; `step` counts from 1. Nothing is changed in place.
+    Only the layers of `network` are used, not its parameters. `step` counts from 1. Nothing is changed in
+    place.
     """
 
     def loss_of(weights_P: Tensor) -> tuple[Tensor, Tensor]:
         logits_NK = forward_with(network, weights_P, images_NCHW, amp)
         loss = F.cross_entropy(logits_NK, labels_N, reduction="sum")
-        return loss / len(labels_N), loss_and_right(loss, logits_NK, labels_N)
+        return loss / len(labels_N), loss_and_correct(loss, logits_NK, labels_N)
 
     gradient_P, totals = grad(loss_of, has_aux=True)(weights_P)
     weights_P, slots = update(weights_P, gradient_P, slots, rates, step)
@@ -43,29 +51,29 @@ def gradient_step(
 
 
 def forward_with(network: nn.Module, weights_P: Tensor, images_NCHW: Tensor, amp: bool) -> Tensor:
-    """uint8 images to logits NK through the layers of `network`, with other weights."""
+    """Compute logits NK of uint8 images with the layers of `network` and the weights `weights_P`."""
     names, parameters = zip(*network.named_parameters(), strict=True)
     weights = dict(zip(names, unflatten(weights_P, parameters), strict=True))
     device, dtype = images_NCHW.device.type, weights_P.dtype
-    # The cache of casts would outlive the step, and a captured graph with it.
+    # Autocast's cache is off, because cached casts would outlive the step, and also a captured CUDA graph.
     with torch.autocast(device, torch.bfloat16, cache_enabled=False) if amp else nullcontext():
         logits_NK: Tensor = functional_call(network, weights, (scaled(images_NCHW, dtype),))
     return logits_NK.to(dtype)
 
 
 def sgd(weights: Tensor, gradient: Tensor, slots: Slots, rates: Rates, step: Tensor) -> tuple[Tensor, Slots]:
-    """torch.optim.SGD. Without momentum anywhere in the array there are no `slots`."""
+    """The update of torch.optim.SGD. `slots` is empty if no run of the array uses momentum."""
     gradient = gradient + rates["weight_decay"] * weights
     if slots:
         buffer = rates["momentum"] * slots["momentum_buffer"] + gradient
-        ahead = gradient + rates["momentum"] * buffer
-        gradient = torch.where(rates["nesterov"] > 0, ahead, buffer)
+        lookahead = gradient + rates["momentum"] * buffer
+        gradient = torch.where(rates["nesterov"] > 0, lookahead, buffer)
         slots = {"momentum_buffer": buffer}
     return weights - rates["lr"] * gradient, slots
 
 
 def adam(weights: Tensor, gradient: Tensor, slots: Slots, rates: Rates, step: Tensor) -> tuple[Tensor, Slots]:
-    """torch.optim.Adam (weight_decay) and AdamW (decoupled_weight_decay)."""
+    """The update of torch.optim.Adam (with `weight_decay`) and AdamW (with `decoupled_weight_decay`)."""
     gradient = gradient + rates["weight_decay"] * weights
     weights = weights * (1 - rates["lr"] * rates["decoupled_weight_decay"])
     mean, square = slots["exp_avg"], slots["exp_avg_sq"]
@@ -77,7 +85,7 @@ def adam(weights: Tensor, gradient: Tensor, slots: Slots, rates: Rates, step: Te
 
 
 def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The numbers of one run's optimizer as they are now."""
+    """The current hyperparameters of an optimizer, by the names that `sgd` and `adam` use."""
     (group,) = optimizer.param_groups
     rates = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
     if isinstance(optimizer, torch.optim.SGD):
@@ -90,9 +98,11 @@ def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def flatten(tensors: Iterable[Tensor]) -> Tensor:
+    """All values in one vector, detached from autograd."""
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
 def unflatten(weights_P: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of `weights_P` with the shapes of the tensors `like`."""
     parts = weights_P.split([tensor.numel() for tensor in like])
     return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]

@@ -1,6 +1,6 @@
-"""What one epoch of training showed, and the meter that collects it. Free of torch.
+"""The metrics of one epoch, and the meter that collects them. Does not import torch.
 
-Shared by `engine.train` and the arrays of `fused.train`, so both report the same quantities.
+`engine.train` and `fused.train` share the meter, so both report the same quantities.
 """
 
 import math
@@ -9,48 +9,48 @@ from dataclasses import dataclass
 
 from lenet_sweep.errors import RunFailed
 
-CURVE_POINTS = 5  # points of the training curves in an epoch, as in the tutorial
+CURVE_POINTS = 5  # points of the training curve per epoch, as in the tutorial
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Means over the training examples seen so far in the epoch, while the network learned from them."""
+    """Means over the training examples seen so far in the epoch, computed while the weights change."""
 
-    epoch: float  # epochs since the start, with fraction
+    epoch: float  # epochs since the start of training, with a fraction
     train_loss: float
     train_acc: float
 
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """What one epoch showed. Losses are mean cross-entropies in nats, accuracies are in [0, 1]."""
+    """The metrics of one epoch. Losses are mean cross-entropies in nats, accuracies are in [0, 1]."""
 
     epoch: int  # from 1
-    train_loss: float  # summed while training, as in the tutorial: the network changed meanwhile
+    train_loss: float  # mean over the epoch's batches while the weights change, as in the tutorial
     train_acc: float
     test_loss: float  # with the weights at the end of the epoch
     test_acc: float
-    val_loss: float | None  # None unless examples are held out
+    val_loss: float | None  # None if no examples are held out
     val_acc: float | None
-    examples_per_s: float  # the training part only, gathering of batches included
-    epoch_s: float  # the whole epoch, evaluation included
+    examples_per_s: float  # training only, including the selection of batches
+    epoch_s: float  # the whole epoch, including evaluation
     curve: tuple[CurvePoint, ...]
 
 
 class EpochMeter:
-    """Collects one run's curve points in one epoch, and turns them into its `EpochMetrics`."""
+    """Collects the curve points of one run in one epoch and builds its `EpochMetrics`."""
 
     def __init__(self, epoch: int, steps: int, on_point: Callable[[CurvePoint], None] | None = None) -> None:
-        """`epoch` counts from 1, `steps` are those of the epoch; `on_point` is called for each point."""
+        """Args: `epoch` from 1; `steps` in the epoch; `on_point` is called with every curve point."""
         self.epoch = epoch
         self._steps, self._on_point = steps, on_point
         self._curve: list[CurvePoint] = []
 
     def add(self, step: int, loss: float, accuracy: float) -> None:
-        """Add a curve point: the means after `step` (from 1) steps of the epoch.
+        """Add a curve point: mean loss and accuracy after `step` steps of the epoch.
 
         Raises:
-            RunFailed: if the loss is not a finite number.
+            RunFailed: if the loss is not finite.
         """
         if not math.isfinite(loss):
             raise RunFailed(f"the loss became {loss} in epoch {self.epoch}, by step {step} of {self._steps}")
@@ -65,10 +65,10 @@ class EpochMeter:
         examples_per_s: float,
         epoch_s: float,
     ) -> EpochMetrics:
-        """The epoch's metrics; `test` and `val` are loss and accuracy with its final weights.
+        """Build the epoch's metrics. `test` and `val` are loss and accuracy with its final weights.
 
         Raises:
-            RunFailed: if the test loss is not a finite number.
+            RunFailed: if the test loss is not finite.
         """
         if not math.isfinite(test[0]):
             raise RunFailed(f"the test loss became {test[0]} after epoch {self.epoch}")
@@ -88,5 +88,5 @@ class EpochMeter:
 
 
 def curve_steps(steps: int) -> frozenset[int]:
-    """The steps (from 1) of an epoch of `steps` steps after which a curve point is taken."""
+    """The steps (from 1) after which a curve point is recorded, in an epoch of `steps` steps."""
     return frozenset(math.ceil(steps * k / CURVE_POINTS) for k in range(1, CURVE_POINTS + 1))

@@ -1,4 +1,4 @@
-"""LeNet of any size, as an `nn.Sequential` of named layers.
+"""LeNet of any size, as an `nn.Sequential` with named layers.
 
 Shape suffixes: N examples, C channels, H height, W width, K classes.
 """
@@ -14,6 +14,7 @@ from lenet_sweep.config.schema import ModelConfig
 from lenet_sweep.shapes import CLASSES, IMAGE_SHAPE
 from lenet_sweep.training import layers
 
+# The modules of the names in `config.schema`. `layers.Pool` describes what a new pool needs.
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
     "tanh": nn.Tanh,
@@ -26,10 +27,10 @@ POOLS: dict[str, type[nn.Module]] = {"avg": layers.AvgPool2d, "max": layers.MaxP
 
 
 def build(config: ModelConfig, generator: torch.Generator) -> nn.Sequential:
-    """Make the network on the CPU: float32 images NCHW in [0, 1] to logits NK.
+    """Build the network on the CPU. It maps float32 images NCHW in [0, 1] to logits NK.
 
-    All weights are drawn from `generator`, layer by layer, weight before bias; the global
-    generator is left alone.
+    All parameters are drawn from `generator`, layer by layer, the weight before the bias. torch's global
+    generator is not used.
     """
     network = layers.Network(
         OrderedDict(
@@ -44,7 +45,7 @@ def build(config: ModelConfig, generator: torch.Generator) -> nn.Sequential:
 
 def _module(layer: shapes.Layer, config: ModelConfig) -> nn.Module:
     inputs, outputs = layer.input_shape[0], layer.output_shape[0]
-    # skip_init: torch's own initialisation would draw from the global generator.
+    # skip_init, because torch's default initialisation uses the global generator.
     match layer.kind:
         case "conv":
             conv = nn.utils.skip_init(
@@ -55,7 +56,7 @@ def _module(layer: shapes.Layer, config: ModelConfig) -> nn.Module:
         case "activation":
             return ACTIVATIONS[config.activation]()
         case "pool":
-            return POOLS[config.pool](shapes.POOL)
+            return POOLS[config.pool](shapes.POOL_SIZE)
         case "flatten":
             return nn.Flatten()
         case "linear":
@@ -66,7 +67,11 @@ def _module(layer: shapes.Layer, config: ModelConfig) -> nn.Module:
 
 
 def _initialise(module: nn.Conv2d | nn.Linear, init: str, generator: torch.Generator) -> None:
-    """Xavier: Glorot and Bengio 2010; Kaiming: He et al. 2015; biases and 'pytorch': as torch.nn does it."""
+    """Initialise weight and bias of a layer.
+
+    Xavier: Glorot and Bengio, AISTATS 2010. Kaiming: He et al., ICCV 2015. 'pytorch' and all biases: the
+    default of torch.nn.
+    """
     weight, bias = module.weight, module.bias
     assert bias is not None
     match init:

@@ -1,19 +1,19 @@
-// One training step of a LeNet on the CPU: loss, number right and all gradients of one batch.
+// One gradient step of a LeNet on the CPU: loss, number correct and all gradients of one batch.
 //
-// Compiled for one network by `compiler.py`, which defines, from the config:
-//   CONVS       Conv<channels in, side in, channels out, kernel, padding>, ... each with 2x2 pooling
+// Compiled for one network by `compiler.py`, which defines these macros from the config:
+//   CONVS       Conv<input channels, input side, output channels, kernel, padding>, ...; each has a 2x2 pool
 //   DENSES      Dense<inputs, outputs>, ...; the last one has no activation
-//   ACTIVATION  a struct below;   POOL  Average or Maximum
+//   ACTIVATION  the name of an activation struct
+//   POOL        the name of a pool struct
 //
-// Images lie innermost: every value of the network is a vector over V images (a *tile*), so each
-// multiply-add is one vector times one broadcast weight, and nothing is wasted on odd shapes. A tile
-// goes forward and back through the convolutions while it is in the cache; activation, pooling and
-// their derivatives ride on the convolutions' results. The dense layers' weight gradients follow in
-// a second phase, summed over the whole batch.
+// The batch is the innermost dimension: every value of the network is a vector over V images (a *tile*).
+// Each multiply-add is therefore one vector times one broadcast weight, for layers of any shape. A tile
+// passes forward and backward through the convolutions while it is in the cache. Activation, pooling and
+// their derivatives are applied to the convolution's result in registers. The weight gradients of the dense
+// layers are computed in a second phase, as sums over the whole batch.
 //
-// Sums are taken in an order that the batch's size alone decides: a tile by itself, tiles within
-// their chunk, chunks in order, dense gradients example after example. So the number of threads
-// changes no bit.
+// The order of all sums depends on the batch size only: within a tile, tiles within their chunk, chunks in
+// order, dense gradients example by example. Results are therefore bit-identical for any number of threads.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -42,20 +42,20 @@ namespace {
 
 typedef float Vec __attribute__((vector_size(4 * V)));
 typedef int32_t Int __attribute__((vector_size(4 * V)));
-typedef float Loose __attribute__((vector_size(4 * V), aligned(4)));  // anywhere in memory
+typedef float Loose __attribute__((vector_size(4 * V), aligned(4)));  // unaligned
 
-constexpr int L1_BYTES = 26 * 1024;  // what a kernel may keep in the first cache beside its other operand
-constexpr int CHUNKS = 16;           // gradient buffers of a batch, and so the most threads that can help
+constexpr int L1_BYTES = 26 * 1024;  // of the L1 cache, for one operand of a kernel
+constexpr int CHUNKS = 16;           // gradient buffers of a batch; more threads than this do not help
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
-// The even split of n into as few blocks of at most `most` as there can be.
+// The block size that splits n evenly into the smallest number of blocks of at most `most`.
 constexpr int block_of(int n, int most) { return ceil_div(n, ceil_div(n, most)); }
 constexpr int to_vectors(int n) { return ceil_div(n, V) * V; }
 
 template <int N> using Number = std::integral_constant<int, N>;
 
-// Calls f(Number<size>, first) for 0..N in blocks of at most MOST, the last one shorter if need be.
+// Calls f(Number<size>, first) for 0..N in blocks of at most MOST; the last one may be smaller.
 template <int N, int MOST, class F> INLINE void in_blocks(F f) {
     constexpr int B = block_of(N, MOST), WHOLE = N / B * B;
     for (int i = 0; i < WHOLE; i += B) f(Number<B>{}, i);
@@ -66,11 +66,11 @@ template <int N, int MOST, class F> INLINE void in_blocks(F f) {
 
 INLINE Vec splat(float x) { return Vec{} + x; }
 INLINE Vec select(Int mask, Vec a, Vec b) { return (Vec)((mask & (Int)a) | (~mask & (Int)b)); }
-// A NaN in the second operand comes through at_least and at_most, as it does through torch's.
+// A NaN in the second operand of at_least and at_most is propagated, as in torch.
 #if defined(__AVX512F__)
 INLINE Vec at_least(float low, Vec x) { return _mm512_max_ps(_mm512_set1_ps(low), x); }
 INLINE Vec at_most(float high, Vec x) { return _mm512_min_ps(_mm512_set1_ps(high), x); }
-INLINE Vec reciprocal(Vec x) {  // 14 bits, doubled by a step of Newton's method; x is finite and above 0
+INLINE Vec reciprocal(Vec x) {  // 14 bits, doubled by a Newton step; x is finite and positive
     const Vec r = _mm512_rcp14_ps(x);
     return r + r * (1 - x * r);
 }
@@ -84,7 +84,7 @@ INLINE Vec at_least(float low, Vec x) { return select(x < low, splat(low), x); }
 INLINE Vec at_most(float high, Vec x) { return select(x > high, splat(high), x); }
 INLINE Vec reciprocal(Vec x) { return 1 / x; }
 INLINE Vec nearest(Vec x) {
-    constexpr float ROUND = 12582912;  // 1.5 * 2^23: adding it leaves the whole number in the low bits
+    constexpr float ROUND = 12582912;  // 1.5 * 2^23: adding it rounds x to an integer in the low bits
     return x + ROUND - ROUND;
 }
 INLINE Vec times_2_to(Vec whole, Vec x) { return (Vec)((Int)x + (__builtin_convertvector(whole, Int) << 23)); }
@@ -99,12 +99,12 @@ INLINE Vec to_floats(const uint8_t* bytes) {
 }
 #endif
 
-// 2^x to 3e-7 of itself for x from -126 to 126, and nearest to it beyond: about the nearest whole number,
-// the polynomial of degree 5 whose greatest error is least among those that are 1 there.
+// 2^x with a relative error of 3e-7 for x from -126 to 126; x outside is clamped. With f the distance to the
+// nearest integer, 2^f is the minimax polynomial of degree 5 among those with value 1 at f = 0.
 INLINE Vec exp2(Vec x) {
     x = at_most(126, at_least(-126, x));
     const Vec whole = nearest(x), f = x - whole, f2 = f * f;
-    // By Estrin's scheme, whose chain of dependent operations is shorter than Horner's.
+    // Estrin's scheme has a shorter chain of dependent operations than Horner's.
     const Vec high = (f * 1.3202982e-3f + 9.6749524e-3f) * f2 + (f * 5.5510473e-2f + 2.4022166e-1f);
     return times_2_to(whole, high * f2 + (f * 6.9314659e-1f + 1));
 }
@@ -124,7 +124,7 @@ template <int... I> INLINE Vec zip_low(Vec a, Vec b, std::integer_sequence<int, 
 template <int... I> INLINE Vec zip_high(Vec a, Vec b, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(a, b, (I % 2 ? V + V / 2 + I / 2 : V / 2 + I / 2)...);
 }
-// Rows become columns: log2(V) perfect shuffles of V vectors.
+// Transpose a V x V matrix by log2(V) perfect shuffles of its rows.
 INLINE void transpose(Vec (&a)[V]) {
     constexpr auto lanes = std::make_integer_sequence<int, V>{};
     Vec b[V];
@@ -137,7 +137,10 @@ INLINE void transpose(Vec (&a)[V]) {
     }
 }
 
-// ------------------------------------------------------------------- activations and their slopes
+// ------------------------------------------------------------- activations and their derivatives
+
+// An activation has a function `value`, its derivative `slope` (from z and the value a), and the flag
+// `monotone` if it is non-decreasing. `compiler.NATIVE_ACTIVATIONS` lists these structs.
 
 struct Sigmoid {
     static constexpr bool monotone = true;
@@ -164,7 +167,7 @@ struct Silu {
     static Vec value(Vec z) { return z * logistic(z); }
     static Vec slope(Vec z, Vec a) { return logistic(z) * (1 + z - a); }
 };
-struct Gelu {  // z times the normal distribution's integral; its erf: Abramowitz and Stegun 7.1.26, to 1.5e-7
+struct Gelu {  // z times the normal CDF, by the erf of Abramowitz and Stegun, 7.1.26, with error 1.5e-7
     static constexpr bool monotone = false;
     static Vec density(Vec z) { return 0.39894228f * exp(-0.5f * z * z); }
     static Vec integral(Vec z) {
@@ -182,7 +185,8 @@ struct Gelu {  // z times the normal distribution's integral; its erf: Abramowit
 };
 using Act = ACTIVATION;
 
-// Pooling of one window: four sums z in, their activations pooled out, and by how much each z moves the result.
+// A pool computes the pooled activation of a window from its four pre-activations z and, if LEARN, the
+// derivative of the result with respect to each z. `compiler.NATIVE_POOLS` lists these structs.
 struct Average {
     template <bool LEARN> INLINE Vec apply(const Vec (&z)[4], Vec (&slope)[4]) {
         Vec total{};
@@ -197,7 +201,7 @@ struct Average {
 struct Maximum {
     template <bool LEARN> INLINE Vec apply(const Vec (&z)[4], Vec (&slope)[4]) {
         Vec a[4];
-        // Of an activation that never falls, the greatest is that of the greatest sum.
+        // For a non-decreasing activation, max(value(z)) == value(max(z)).
         UNROLL for (int q = 0; q < 4; q++) a[q] = Act::monotone ? z[q] : Act::value(z[q]);
         Vec best = a[0], at = z[0];
         UNROLL for (int q = 1; q < 4; q++) {
@@ -208,7 +212,7 @@ struct Maximum {
         const Vec value = Act::monotone ? Act::value(best) : best;
         if constexpr (LEARN) {
             const Vec steep = Act::slope(at, value);
-            Int open = ~Int{};  // the first of equals learns
+            Int open = ~Int{};  // of equal values, the first gets the gradient
             UNROLL for (int q = 0; q < 4; q++) {
                 const Int hit = (a[q] == best) & open;
                 slope[q] = select(hit, steep, Vec{});
@@ -222,14 +226,14 @@ struct Maximum {
 // ------------------------------------------------------------------------------------- the network
 
 template <int C_, int H_, int O_, int K_, int P_> struct Conv {
-    static constexpr int C = C_, H = H_, O = O_, K = K_, P = P_;  // H: side of the image without padding
-    static constexpr int S = H + 2 * P;                           // with it
-    static constexpr int R = S - K + 1, Q = R / 2;                // sides of the result and of its pool
+    static constexpr int C = C_, H = H_, O = O_, K = K_, P = P_;  // H: side of the input without padding
+    static constexpr int S = H + 2 * P;                           // with padding
+    static constexpr int R = S - K + 1, Q = R / 2;                // sides of the output: R, pooled: Q
     static constexpr int weights = O * C * K * K;
 };
 template <int I_, int O_> struct Dense {
     static constexpr int I = I_, O = O_;
-    static constexpr int row = to_vectors(I);  // floats of one example's inputs, as kept for the gradients
+    static constexpr int row = to_vectors(I);  // floats per example, as stored for the second phase
 };
 
 using Convs = std::tuple<CONVS>;
@@ -242,8 +246,8 @@ using Last = DenseAt<DENSE_LAYERS - 1>;
 constexpr int PIXELS = First::H * First::H, CLASSES = Last::O;
 
 template <class L> struct ConvTile {
-    Vec in[L::C * L::S * L::S];        // zero around the image
-    Vec slope[L::O * L::R * L::R];     // of the pooled result by each sum; then the sums' gradients
+    Vec in[L::C * L::S * L::S];        // with a border of zeros
+    Vec slope[L::O * L::R * L::R];     // of the pooled result by each pre-activation; then its gradient
     Vec pooled_g[L::O * L::Q * L::Q];  // gradient of the pooled result
     Vec weight_g[L::weights + V], bias_g[L::O + V];
 };
@@ -255,7 +259,7 @@ template <class... L> struct TilesOf<std::tuple<L...>> {
     using Conv = std::tuple<ConvTile<L>...>;
     using Dense = std::tuple<DenseTile<L>...>;
 };
-struct Tile {  // what one thread works in
+struct Tile {  // the working memory of one thread
     TilesOf<Convs>::Conv conv;
     TilesOf<Denses>::Dense dense;
     Vec logits[CLASSES];
@@ -267,7 +271,7 @@ template <int... I> constexpr int conv_gradients(std::integer_sequence<int, I...
 constexpr int CONV_GRADIENTS = conv_gradients(std::make_integer_sequence<int, CONV_LAYERS>{});
 template <int LAYER> constexpr int conv_gradients_before = conv_gradients(std::make_integer_sequence<int, LAYER>{});
 
-// Per example: the inputs of every dense layer (a row each), and the gradients of its sums.
+// Per example: the inputs of every dense layer (one row each) and the gradients of its pre-activations.
 template <int... I> constexpr int dense_floats(std::integer_sequence<int, I...>) {
     return (0 + ... + (DenseAt<I>::row + DenseAt<I>::O));
 }
@@ -280,22 +284,22 @@ struct TileTotals {
 };
 struct Batch {
     const uint8_t* images;
-    const int64_t *labels, *indices;  // indices may be null: then the examples as they lie
+    const int64_t *labels, *indices;  // indices may be null: then all examples in order
     int64_t size;
     int64_t at(int64_t i) const { return indices ? indices[i] : i; }
     int64_t tiles() const { return (size + V - 1) / V; }
 };
-struct Parameters {  // convolutions, then dense layers; weight, then bias
+struct Parameters {  // the convolutions, then the dense layers; of each the weight, then the bias
     float* const* tensors;
     const float* weight(int layer) const { return tensors[2 * layer]; }
     const float* bias(int layer) const { return tensors[2 * layer + 1]; }
 };
 
-// How much memory a batch needs, and what lies where in it.
+// The layout of the working memory of a batch, and its size.
 struct Workspace {
     Tile* tiles;         // one for each thread
     float* conv_g;       // CHUNKS x CONV_GRADIENTS
-    float* dense;        // layer by layer: all examples' inputs, then the gradients, tile by tile
+    float* dense;        // layer by layer: the inputs of all examples, then the gradients, tile by tile
     TileTotals* totals;  // one for each tile
     int64_t bytes;
 
@@ -316,10 +320,10 @@ struct Workspace {
 
 // --------------------------------------------------------------------------------------- forward
 
-// uint8 pixels of V images to [0, 1], into the middle of the first layer's input.
+// Scale the uint8 pixels of V images to [0, 1] and write them inside the zero border of the first input.
 INLINE void load_images(const Batch& batch, int64_t first, Vec* in) {
     const uint8_t* image[V];
-    for (int i = 0; i < V; i++) {  // an image stands in for those that the last tile lacks
+    for (int i = 0; i < V; i++) {  // the last tile is filled up with copies of its first image
         const int64_t j = first + i < batch.size ? first + i : first;
         image[i] = batch.images + batch.at(j) * PIXELS;
     }
@@ -338,7 +342,7 @@ INLINE void load_images(const Batch& batch, int64_t first, Vec* in) {
     }
 }
 
-// B output channels of one pooling window: convolution, bias, activation, pool; `out` has planes of PLANE.
+// B output channels of one pooling window: convolution, bias, activation, pool. PLANE: plane size of `out`.
 template <class L, int B, int PLANE, bool LEARN>
 INLINE void conv_window(const Vec* x, const float* weight, const float* bias, Vec* slope, Vec* out) {
     Vec z[B][4];
@@ -366,7 +370,7 @@ INLINE void conv_window(const Vec* x, const float* weight, const float* bias, Ve
     }
 }
 
-// A whole layer; the pooled result goes into planes of PLANE with rows of ROW.
+// A whole layer. PLANE and ROW: plane size and row length of the pooled output `out`.
 template <class L, int PLANE, int ROW, bool LEARN>
 static void conv_forward(ConvTile<L>& t, const float* weight, const float* bias, Vec* out) {
     for (int h = 0; h < L::Q; h++)
@@ -418,7 +422,7 @@ template <int LAYER, bool LEARN> static void denses_forward(Tile& t, Parameters 
     if constexpr (LAYER + 1 < DENSE_LAYERS) denses_forward<LAYER + 1, LEARN>(t, p);
 }
 
-// Cross-entropy of the logits; they become its gradient, divided by the batch's size.
+// Cross-entropy of the logits, which are overwritten by the gradient of the batch's mean loss.
 static TileTotals cross_entropy(Vec (&logits)[CLASSES], const Batch& batch, int64_t first, int64_t* predicted) {
     Vec top = logits[0];
     Int best{}, label;
@@ -451,7 +455,8 @@ static TileTotals cross_entropy(Vec (&logits)[CLASSES], const Batch& batch, int6
 
 // -------------------------------------------------------------------------------------- backward
 
-// Keeps the inputs of a dense layer, an example a row, and the gradients of its sums, for the second phase.
+// Store the inputs of a dense layer (one row per example) and the gradients of its pre-activations for the
+// second phase.
 template <class L> static void keep(const Vec* in, const Vec* g, float* rows, float* gradients) {
     for (int k = 0; k < L::row; k += V) {
         Vec a[V];
@@ -474,7 +479,7 @@ template <class L> static void dense_input_gradient(const Vec* g, const float* w
     });
 }
 
-// `g`: the gradients of this layer's sums. Those of the last pool go to the last convolution.
+// `g`: the gradients of this layer's pre-activations. The first dense layer writes those of the last pool.
 template <int LAYER> static void denses_backward(Tile& t, Parameters p, const Vec* g, float* kept, int64_t tile, int64_t tiles) {
     using L = DenseAt<LAYER>;
     float* const base = kept + tiles * V * dense_floats_before<LAYER>;
@@ -491,7 +496,8 @@ template <int LAYER> static void denses_backward(Tile& t, Parameters p, const Ve
     }
 }
 
-// The pooled result's gradient through pool and activation, in place of the slopes, for `rows` rows from `r0`.
+// Backward pass of pool and activation for `rows` rows from `r0`. Overwrites the slopes by the gradients of
+// the pre-activations and adds up the bias gradients.
 template <class L> static void unpool(ConvTile<L>& t, int r0, int rows, bool first) {
     for (int o = 0; o < L::O; o++) {
         Vec total = first && r0 == 0 ? Vec{} : t.bias_g[o];
@@ -508,7 +514,7 @@ template <class L> static void unpool(ConvTile<L>& t, int r0, int rows, bool fir
     }
 }
 
-// T taps of a kernel's row for B output channels, over `rows` rows of the result.
+// Gradients of T weights of a kernel's row for B output channels, summed over `rows` rows of the output.
 template <class L, int B, int T>
 INLINE void conv_weight_block(const Vec* x, const Vec* g, int rows, Vec* weight_g, bool first) {
     constexpr int NEXT = L::C * L::K * L::K;
@@ -527,7 +533,7 @@ INLINE void conv_weight_block(const Vec* x, const Vec* g, int rows, Vec* weight_
 
 constexpr int MOST_TAPS = REGISTERS == 32 ? 8 : 5;
 template <class L> constexpr int weight_channels = block_of(L::O, clamp((REGISTERS - 9) / (L::K < MOST_TAPS ? L::K : MOST_TAPS), 1, 6));
-// Rows of the result that stay in the first cache while all taps and input channels pass over them.
+// Rows of the output that stay in the L1 cache while they are used by all weights and input channels.
 template <class L> constexpr int strip_rows = clamp(L1_BYTES / int(weight_channels<L> * L::R * sizeof(Vec)) / 2 * 2, 2, L::R);
 
 template <class L> static void conv_weight_gradient(ConvTile<L>& t, int r0, int rows, bool first) {
@@ -542,12 +548,12 @@ template <class L> static void conv_weight_gradient(ConvTile<L>& t, int r0, int 
     });
 }
 
-// Gradient of X values of row h of input channel c, from output channels o0 to o1, added to what is there.
+// Gradient of X values of row h of input channel c: adds the terms of output channels o0 to o1 to `in_g`.
 template <class L, int X, int X0>
 INLINE void conv_input_row(const Vec* g, const float* weight, int c, int h, int o0, int o1, Vec* in_g) {
     Vec sums[X];
     UNROLL for (int x = 0; x < X; x++) sums[x] = o0 ? in_g[x] : Vec{};
-    // Row h of the image lies under kernel row kh of result row h + P - kh.
+    // Kernel row kh at output row h + P - kh covers row h of the input.
     const int low = h + L::P - L::R + 1 > 0 ? h + L::P - L::R + 1 : 0, high = h + L::P < L::K - 1 ? h + L::P : L::K - 1;
     for (int o = o0; o < o1; o++)
         for (int kh = low; kh <= high; kh++) {
@@ -568,7 +574,7 @@ template <class L, int X0 = 0> INLINE void conv_input_rows(const Vec* g, const f
 }
 
 template <class L> static void conv_input_gradient(const ConvTile<L>& t, const float* weight, Vec* in_g) {
-    // Output channels whose rows under one kernel stay in the first cache while all input channels use them.
+    // Output channels whose rows under one kernel stay in the L1 cache while all input channels use them.
     constexpr int O = clamp(L1_BYTES / int(L::K * L::R * sizeof(Vec)), 1, L::O);
     for (int h = 0; h < L::H; h++)
         for (int o = 0; o < L::O; o += O)
@@ -592,7 +598,7 @@ template <int LAYER> static void convs_backward(Tile& t, Parameters p, bool firs
 
 // -------------------------------------------------------------------------- sums over the examples
 
-// V vectors at a time: the sum over the lanes of each.
+// The sum over the lanes of each of n vectors, V vectors at a time.
 INLINE void sum_lanes(const Vec* in, int n, float* out) {
     for (int j = 0; j < n; j += V) {
         Vec a[V], total{};
@@ -611,7 +617,7 @@ template <int LAYER> static void sum_chunk(const Tile& t, float* out) {
     if constexpr (LAYER + 1 < CONV_LAYERS) sum_chunk<LAYER + 1>(t, out - conv_gradients_before<LAYER>);
 }
 
-// The second phase; called by all threads together, which share the loops.
+// The second phase. All threads of the team call these functions and share the loops (`omp for`).
 template <int LAYER> static void conv_sums(const float* chunks, int count, float* const* gradients) {
     using L = ConvAt<LAYER>;
     const float* from = chunks + conv_gradients_before<LAYER>;
@@ -629,7 +635,7 @@ template <int LAYER> static void conv_sums(const float* chunks, int count, float
     if constexpr (LAYER + 1 < CONV_LAYERS) conv_sums<LAYER + 1>(chunks, count, gradients);
 }
 
-// The gradients of B outputs' weights to W vectors of inputs from k on.
+// Weight gradients of B outputs for W vectors of inputs, starting at input k.
 template <class L, int B, int W>
 INLINE void dense_weight_block(const float* rows, const float* g, int64_t tiles, int o, int k, float* weight_g) {
     Vec sums[B][W];
@@ -693,10 +699,10 @@ void add_up(const Workspace& work, int64_t tiles, double* totals) {
 
 extern "C" {
 
-// Bytes of zeroed memory, aligned to 64, that the calls below need for batches of up to `size`.
+// Bytes of zeroed, 64-byte aligned memory that the functions below need for batches of up to `size` examples.
 int64_t workspace_bytes(int threads, int64_t size) { return Workspace(nullptr, threads, (size + V - 1) / V).bytes; }
 
-// totals: sum of the losses, number right. gradients: of the mean loss, overwritten.
+// Writes totals (sum of losses, number correct) and gradients (of the batch's mean loss).
 void gradients(float* const* parameters, float* const* gradients, const uint8_t* images, const int64_t* labels,
                const int64_t* indices, int64_t size, int threads, char* workspace, double* totals) {
     const Batch batch{images, labels, indices, size};
@@ -726,7 +732,7 @@ void gradients(float* const* parameters, float* const* gradients, const uint8_t*
     add_up(work, tiles, totals);
 }
 
-// The forward pass alone. predicted: the likeliest class of each example, unless it is null.
+// The forward pass only. Writes totals and, unless `predicted` is null, the most likely classes.
 void evaluate(float* const* parameters, const uint8_t* images, const int64_t* labels, int64_t size, int threads,
               char* workspace, double* totals, int64_t* predicted) {
     const Batch batch{images, labels, nullptr, size};

@@ -1,7 +1,7 @@
-"""The gradient step on the CPU as compiled code (native.cpp): the same step as `engine.Autograd`, faster.
+"""Gradients on the CPU by compiled code (native.cpp), several times as fast as `backend.TorchBackend`.
 
-Its sums have a fixed order, so the number of threads changes no bit of a result; against autograd's
-they are rounded otherwise, by about 1e-6 of a gradient.
+All sums have a fixed order, so results are bit-identical for any number of threads. Gradients differ from
+autograd's by rounding, about 1e-6 of their length.
 
 Shape suffixes: N examples.
 """
@@ -22,25 +22,25 @@ from lenet_sweep.training import compiler
 from lenet_sweep.training.compiler import Unavailable
 from lenet_sweep.training.data import Split, scaled
 
-MOST_BYTES = 2 << 30  # of working memory; a network that needs more gains nothing from it
-_TOLERANCE = 1e-3  # of a gradient's length; rounding gives 1e-5, a mistake 1e-1 and more
+MAX_WORKSPACE_BYTES = 2 << 30  # networks that need more are no faster than with torch
+_TOLERANCE = 1e-3  # relative to a gradient's length; rounding gives 1e-5, a bug 1e-1 and more
 
 
 class NativeBackend:
-    """Takes the gradients of `network`, whose float32 parameters it reads where they are.
+    """Computes gradients of `network` by compiled code.
 
-    Parameters and their `.grad` may change in value, but must stay the tensors that they are.
-    Instances share nothing; one instance is for one thread at a time.
+    The library reads the float32 parameters, and writes their `.grad`, in place. Their values may change, but
+    the tensors must not be replaced. Instances share no state. An instance is not thread-safe.
     """
 
     name = "native"
 
     def __init__(self, network: nn.Sequential, config: ModelConfig, threads: int) -> None:
-        """Compile what is missing, and hold one step against autograd.
+        """Compile the library unless it is cached, and compare one step with autograd.
 
         Raises:
-            Unavailable: if there is no compiler, no vector unit, too large a network, or a gradient
-                that differs from autograd's.
+            Unavailable: without a C++ compiler or a supported vector unit, if the network is too large or
+                has an unsupported layer, or if the gradients differ from autograd's.
         """
         self.network = network
         self._library = _load(compiler.library(config))
@@ -51,24 +51,25 @@ class NativeBackend:
             assert parameter.dtype == torch.float32
             assert parameter.is_contiguous()
             parameter.grad = gradient
-        # Made once: at every step they would cost a hundredth of it.
-        self._weights_at, self._gradients_at = _pointers(self._parameters), _pointers(self._gradients)
+        # Created once, because creating them takes 1 % of a step.
+        self._weight_pointers = _pointers(self._parameters)
+        self._gradient_pointers = _pointers(self._gradients)
         self._totals = torch.zeros(2, dtype=torch.float64)
         self._size, self._workspace = 0, mmap.mmap(-1, 1)
-        self._address(1)
+        self._workspace_address(1)
         _check(self, config)
 
     def gradients(self, examples: Split, indices_N: Tensor) -> Tensor:
-        """Put the mean loss's gradients into `.grad`; return [sum of losses, number right], float64.
+        """Set `.grad` to the gradients of the batch's mean loss; return [sum of losses, number correct].
 
-        The tensor returned is the same at every call, and overwritten by the next one.
+        The returned float64 tensor is the same object at every call; the next call overwrites it.
         """
-        assert self._parameters[0].grad is self._gradients[0], "zero_grad took the gradients away"
+        assert self._parameters[0].grad is self._gradients[0], "zero_grad removed the gradient tensors"
         size = len(indices_N)
-        workspace = self._address(size)
+        workspace = self._workspace_address(size)
         self._library.gradients(
-            self._weights_at,
-            self._gradients_at,
+            self._weight_pointers,
+            self._gradient_pointers,
             examples.images_NCHW.data_ptr(),
             examples.labels_N.data_ptr(),
             indices_N.data_ptr(),
@@ -80,35 +81,35 @@ class NativeBackend:
         return self._totals
 
     def totals(self, examples: Split) -> Tensor:
-        """[sum of losses, number right] over all examples, float64; nothing is learned."""
+        """[sum of losses, number correct] over all examples, float64."""
         self._evaluate(examples, None)
         return self._totals
 
     def predict(self, examples: Split) -> Tensor:
-        """The likeliest class of each example, int64 of shape (N,)."""
+        """The most likely class of each example, int64 of shape (N,)."""
         classes_N = torch.empty(len(examples), dtype=torch.int64)
         self._evaluate(examples, classes_N.data_ptr())
         return classes_N
 
     def _evaluate(self, examples: Split, predicted: int | None) -> None:
         self._library.evaluate(
-            self._weights_at,
+            self._weight_pointers,
             examples.images_NCHW.data_ptr(),
             examples.labels_N.data_ptr(),
             len(examples),
             self._threads,
-            self._address(len(examples)),
+            self._workspace_address(len(examples)),
             self._totals.data_ptr(),
             predicted,
         )
 
-    def _address(self, size: int) -> int:
-        """Where the working memory for a batch of `size` is; pages that are not touched cost nothing."""
+    def _workspace_address(self, size: int) -> int:
+        """The address of working memory for a batch of `size`. Its pages are allocated on first use."""
         if size > self._size:
             needed = self._library.workspace_bytes(self._threads, size)
-            if needed > MOST_BYTES:
-                raise Unavailable(f"it would need {needed / 2**30:.1f} GiB of working memory")
-            self._workspace = _zeroed(needed)
+            if needed > MAX_WORKSPACE_BYTES:
+                raise Unavailable(f"the network needs {needed / 2**30:.1f} GiB of working memory")
+            self._workspace = _allocate(needed)
             self._size = size
         return ctypes.addressof(ctypes.c_char.from_buffer(self._workspace))
 
@@ -119,7 +120,7 @@ def _load(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise Unavailable(f"its library does not load: {error}") from error
+        raise Unavailable(f"the compiled library cannot be loaded: {error}") from error
     library.workspace_bytes.argtypes = [integer, long]
     library.workspace_bytes.restype = long
     library.gradients.argtypes = [pointer] * 5 + [long, integer] + [pointer] * 2
@@ -129,8 +130,9 @@ def _load(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _zeroed(size: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, size)  # starts at a page
+def _allocate(size: int) -> mmap.mmap:
+    """Zeroed memory, aligned to a page, in huge pages if possible."""
+    memory = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
@@ -141,10 +143,10 @@ def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
 
 
 def _check(native: NativeBackend, config: ModelConfig) -> None:
-    """Hold one step on noise against autograd; once for each network that this process trains.
+    """Compare one step on random images with autograd, once per process for each network.
 
     Raises:
-        Unavailable: if they differ by more than rounding does.
+        Unavailable: if they differ by more than rounding errors.
     """
     if config in _checked:
         return
@@ -155,14 +157,14 @@ def _check(native: NativeBackend, config: ModelConfig) -> None:
     parameters = list(native.network.parameters())
     loss = F.cross_entropy(native.network(scaled(examples.images_NCHW)), examples.labels_N)
     expected = torch.autograd.grad(loss, parameters)
-    found = float(native.gradients(examples, torch.arange(37))[0]) / 37
+    native_loss = float(native.gradients(examples, torch.arange(37))[0]) / 37
     differences = [
         float((p.grad - g).norm() / (g.norm() + 1e-6))
         for p, g in zip(parameters, expected, strict=True)
         if p.grad is not None
     ]
-    if not (abs(found - float(loss.detach())) < _TOLERANCE and max(differences) < _TOLERANCE):
-        raise Unavailable(f"its first step differs from autograd's by {max(differences):.1g} of a gradient")
+    if not (abs(native_loss - float(loss.detach())) < _TOLERANCE and max(differences) < _TOLERANCE):
+        raise Unavailable(f"its gradients differ from autograd's by {max(differences):.1g} of their length")
     _checked.add(config)
 
 

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules: torch's own, made from their config."""
+"""Optimizers and learning-rate schedules of torch, built from their config."""
 
 from collections.abc import Iterable
 
@@ -17,10 +17,10 @@ from lenet_sweep.config.schema import (
 def optimizer(
     config: SGDConfig | AdamConfig, parameters: Iterable[torch.nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """The optimizer of `config` over `parameters`."""
+    """The optimizer of `config` for `parameters`."""
     parameters = list(parameters)
-    # On a CPU, the call of a kernel costs more than its work: there, one for all tensors, but where there
-    # is one operation for each anyway.
+    # On a CPU, launch overhead dominates, so use torch's fused kernel. Plain SGD is the exception: it is one
+    # operation per tensor anyway.
     on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
     is_plain = isinstance(config, SGDConfig) and not config.momentum and not config.weight_decay
     fused = True if on_cpu and not is_plain else None
@@ -50,16 +50,16 @@ def schedule(
     optimizer: torch.optim.Optimizer,
     epochs: int,
 ) -> lr_scheduler.LRScheduler:
-    """The schedule of `config`, to be stepped once after every epoch.
+    """The schedule of `config`. Call its `step()` after every epoch.
 
-    Only cosine depends on the total number of `epochs`; a run with any other schedule is a
+    Only the cosine schedule depends on the total number of `epochs`. With any other schedule, a run is a
     prefix of the same run with more epochs.
     """
     match config:
         case StepScheduleConfig():
             return lr_scheduler.StepLR(optimizer, config.step_size, config.gamma)
         case CosineScheduleConfig():
-            # Loshchilov and Hutter 2017, without restarts.
+            # SGDR (Loshchilov and Hutter, ICLR 2017), without restarts.
             return lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs, eta_min=config.eta_min)
         case ConstantScheduleConfig():
             return lr_scheduler.LambdaLR(optimizer, _constant)

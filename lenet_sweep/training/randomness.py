@@ -1,4 +1,4 @@
-"""Every random number of a run comes from an explicit generator made here from the run's seed."""
+"""Random numbers. Every generator of a run is created here from the run's seed."""
 
 import hashlib
 
@@ -9,13 +9,13 @@ from torch import Tensor
 def generator(seed: int, stream: str) -> torch.Generator:
     """A CPU generator for one purpose (`stream`) of the run with this `seed`.
 
-    Streams are independent. A stream for each epoch ("order/3") makes an epoch's randomness a function
-    of the seed and the epoch alone, so a resumed run needs no saved generator state.
+    Different streams are independent. Each epoch has its own stream ("order/3"), so its random numbers depend
+    on the seed and the epoch only, and a resumed run needs no saved generator state.
     """
     digest = hashlib.sha256(f"{stream}/{seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
-    """The order of training examples in an epoch (from 1): a permutation of `range(examples)`, int64, CPU."""
+    """The order of training examples in `epoch` (from 1): a permutation of `range(examples)`, int64, CPU."""
     return torch.randperm(examples, generator=generator(seed, f"order/{epoch}"))

@@ -1,4 +1,4 @@
-"""Where training starts: data, network, backend, optimizer and schedule, made from a config and its seed."""
+"""The state of training (data, network, backend, optimizer, schedule), built from a config and its seed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from lenet_sweep.training.randomness import generator
 
 @dataclass
 class TrainingState:
-    """What training works on; network, optimizer and schedule change as it goes."""
+    """The objects that training uses. Training changes network, optimizer and schedule in place."""
 
     data: Data
     backend: Backend
@@ -35,15 +35,17 @@ class TrainingState:
 def prepare(
     config: Config, *, fused: bool = False, data: Data | None = None, say: Callable[[str], None] = print
 ) -> TrainingState:
-    """Everything that training starts from, on the device that the config asks for.
+    """Build the initial state of a run on the device of its config. Sets torch's process-wide arithmetic.
 
     Args:
-        fused: whether the run becomes a member of an array (`fused.train`).
-        data: the config's data, if it is loaded already.
-        say: called with a line of text for each download, and if the native backend is not available.
+        config: the config of the run; `config.seed` determines weights and data split.
+        fused: whether the run will be a member of an array (`fused.train`).
+        data: the data of this config, if it is loaded already.
+        say: called with a line for each download, and if the native backend is not available.
 
     Raises:
-        DataError, DeviceError: if the dataset or the device is not available.
+        DataError: if the dataset is not available.
+        DeviceError: if the device or the requested backend is not available.
     """
     device = devices.resolve(config.device)
     devices.set_arithmetic(config.threads, config.precision)
@@ -53,10 +55,10 @@ def prepare(
     if fused:
         backend = MemberBackend(network, config.precision.amp)
     else:
-        backend, why_slow = choose_backend(
+        backend, fallback_reason = choose_backend(
             network, device, config.model, config.backend, config.precision.amp
         )
-        if why_slow:
-            say(why_slow)
+        if fallback_reason:
+            say(fallback_reason)
     optimizer = optim.optimizer(config.optimizer, network.parameters())
     return TrainingState(data, backend, optimizer, optim.schedule(config.schedule, optimizer, config.epochs))
