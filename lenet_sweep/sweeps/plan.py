@@ -3,12 +3,12 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from pathlib import Path
 from typing import Literal
 
 from lenet_sweep.config.schema import Config
 from lenet_sweep.storage import fingerprint, run_index
 from lenet_sweep.storage.result import Result, read_result
+from lenet_sweep.storage.run_index import CHECKPOINT
 from lenet_sweep.tracking.stores import open_store
 
 Action = Literal["train", "resume", "skip", "wait"]
@@ -132,6 +132,6 @@ def _decide(overrides: tuple[str, ...], config: Config, config_hash: str, done: 
         return planned("train", f"failed before: {before.reason}")
     if before and before.status == "FINISHED":
         return planned("train", "finished before, but not in this tracking store")
-    if Path(entry.folder / "checkpoint.safetensors").exists():
+    if (entry.folder / CHECKPOINT).exists():
         return planned("resume", f"was interrupted in {entry.folder}")
     return planned("train", "was interrupted before its first epoch ended")
