@@ -179,7 +179,7 @@ def test_fail_fast_stops_at_the_first_failure_and_the_next_sweep_tries_it_again(
     assert "not started" in stopped.stdout
     again = cli(*bad, "sweep.dry_run=true", "-m")
     assert "train (failed before: the loss became" in again.stdout
-    assert "train (never trained)" in again.stdout
+    assert "train (not trained before)" in again.stdout
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Whole sweeps through the real command line: no job lost, no folder shared, the truth in the exit code."""
+"""Whole sweeps through the command line: no job is lost, no folder is shared, and the exit code is right."""
 
 import json
 import re
@@ -73,7 +73,7 @@ def test_bad_job_anywhere_in_a_sweep_stops_it_before_it_starts(cli, tmp_path):
 
 
 @pytest.mark.slow
-def test_overrides_too_long_or_odd_for_a_file_name_make_no_trouble(cli, tmp_path):
+def test_overrides_too_long_or_odd_for_a_file_name_work(cli, tmp_path):
     odd = "tracking.experiment='a/b: c=d, e'," + "x" * 300
     done = cli(*MINI, odd, "-m")
     assert done.returncode == 0, done.stderr
@@ -85,7 +85,7 @@ def test_sweep_folder_is_never_used_twice(cli, tmp_path):
     second = cli(*MINI, "lr=0.2", "tracking=none", "hydra.sweep.dir=mine", "-m")
     assert (first.returncode, second.returncode) == (0, 2)
     assert "mine: already holds a sweep" in second.stderr
-    assert "FINISHED" not in second.stdout  # nothing of the other sweep is told as this one's
+    assert "FINISHED" not in second.stdout  # results of the other sweep are not reported as this one's
     assert yaml.safe_load((tmp_path / "mine" / "0" / "config.yaml").read_text())["lr"] == 0.1
 
 
@@ -124,8 +124,8 @@ def test_debug_preset_does_what_it_says(cli, tmp_path, preset):
 @pytest.mark.network
 @pytest.mark.slow
 def test_one_epoch_on_the_real_set_reaches_its_floor(cli, tmp_path):
-    # Six seeds ended with test accuracies of 0.68 to 0.76 (train: 0.63 to 0.67); a network that has
-    # learned nothing has 0.10. The floors are three standard deviations below the means.
+    # Six seeds reached test accuracies of 0.68 to 0.76 (train: 0.63 to 0.67); an untrained
+    # network has 0.10. The floors are three standard deviations below the means.
     done = cli("model=lenet_relu_max", "lr=0.1", "epochs=1", "tracking=none", timeout=600)
     assert done.returncode == 0, done.stderr
     words = re.search(r"^loss .*, train acc (0\.\d{3}), test acc (0\.\d{3})$", done.stdout, re.MULTILINE)
@@ -142,7 +142,7 @@ def test_sweep_over_epochs_given_longest_first_costs_the_longest(cli, tmp_path):
     assert done.stdout.count("resuming after epoch") == 2
 
 
-def test_sweep_that_has_nothing_to_train_leaves_a_folder_of_others_alone(cli, tmp_path):
+def test_sweep_with_nothing_to_train_does_not_change_the_folder_of_another(cli, tmp_path):
     for lr, folder in (("0.1", "mine"), ("0.2", "other")):
         assert cli(*MINI, f"lr={lr}", f"hydra.sweep.dir={folder}", "-m").returncode == 0
     before = (tmp_path / "other" / "report.html").read_bytes()

@@ -1,4 +1,4 @@
-"""Sweeps in worker processes: the same bits as in one process, and nothing lost when one of them dies."""
+"""Sweeps in worker processes: bit-identical to one process, and nothing is lost when a worker dies."""
 
 import json
 import os
@@ -24,16 +24,16 @@ MINI = ("data=fashion_mnist_mini", "data.train_size=300", "lr=0.1,0.3", "epochs=
 
 
 def results(sweep):
-    """Of each run of a sweep, by its overrides: every metric but speed, and the weights' bits."""
-    found = {}
+    """By the overrides of each run of a sweep: every metric but speed, and the bytes of the weights."""
+    by_overrides = {}
     for number, job in enumerate(json.loads((sweep / "sweep.json").read_text())["jobs"]):
         folder = sweep / str(number)
         lines = [metrics_file.parse(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         kept = [{k: v for k, v in line.named().items() if not k.startswith("speed/")} for line in lines]
         weights = load_file(folder / "model" / "weights.safetensors")
         overrides = tuple(o for o in job["overrides"] if not o.startswith("sweep."))
-        found[overrides] = (kept, {name: tensor.numpy().tobytes() for name, tensor in weights.items()})
-    return found
+        by_overrides[overrides] = (kept, {name: tensor.numpy().tobytes() for name, tensor in weights.items()})
+    return by_overrides
 
 
 def statuses(folder):
@@ -49,15 +49,15 @@ def latest(folder):
 
 def wait_for(condition, seconds=90.0):
     deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come about"
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.05)
-    return found
+    return value
 
 
 @pytest.fixture
 def start(tmp_path, data_root):
-    """Start the command line in `tmp_path` and leave it running; it is killed in the end."""
+    """Start the command line in `tmp_path` and leave it running; it is killed at the end."""
     started = []
 
     def begin(*arguments):
@@ -85,7 +85,7 @@ def alive(processes):
 
 
 def trains(folder):
-    """The processes that train now, each with the folder of its run."""
+    """The ids of the processes that are training, each with the folder of its run."""
     running = {}
     for note in folder.glob("outputs/sweeps/*/*/tracking.json"):
         if not (note.parent / "result.json").exists():
@@ -97,7 +97,7 @@ def trains(folder):
 LONG = ("data=fashion_mnist_mini", "lr=0.1,0.3", "epochs=2000", "sweep.workers=2")
 
 
-def test_workers_leave_what_one_process_leaves_to_the_bit(cli, tmp_path):
+def test_results_of_workers_are_bit_identical_to_those_of_one_process(cli, tmp_path):
     alone = tmp_path / "alone"
     alone.mkdir()
     assert cli(*MINI, "sweep.workers=1", "-m", cwd=alone).returncode == 0
@@ -112,7 +112,7 @@ def test_workers_leave_what_one_process_leaves_to_the_bit(cli, tmp_path):
         assert "examples/sec on cpu" in (latest(tmp_path) / str(number) / "lenet_sweep.log").read_text()
 
 
-def test_what_runs_in_workers_say_is_labelled_and_counted(cli):
+def test_output_of_runs_in_workers_is_labelled_and_counted(cli):
     done = cli(*MINI, "epochs=1", "sweep.workers=2", "-m")
     for label in ("[1/2] lr=0.1", "[2/2] lr=0.3"):
         assert f"{label}: training on cpu (" in done.stdout
@@ -120,7 +120,7 @@ def test_what_runs_in_workers_say_is_labelled_and_counted(cli):
     assert re.search(r"^1 of 2 runs, about \d+:\d\d left$", done.stdout, re.MULTILINE)
 
 
-def test_failed_run_in_a_worker_stops_no_other_and_is_told_with_its_reason(cli, tmp_path):
+def test_failed_run_in_a_worker_stops_no_other_and_is_reported_with_its_reason(cli, tmp_path):
     done = cli(
         "data=fashion_mnist_mini", "model=lenet_relu_max", "optimizer=momentum", "lr=1000,0.01", "epochs=2",
         "sweep.workers=2", "-m",
@@ -174,7 +174,7 @@ def test_interrupted_sweep_saves_the_state_of_all_its_workers_runs(start, cli, t
     assert not alive(children)
     reached = [len(path.read_text().splitlines()) for path in latest(tmp_path).glob("*/metrics.jsonl")]
     done = cli(*LONG, "sweep.dry_run=true", "-m")
-    assert done.stdout.count("resume (was interrupted in") == 2
+    assert done.stdout.count("resume (interrupted; checkpoint in") == 2
     assert min(reached) >= 1
 
 
@@ -187,7 +187,7 @@ def test_workers_of_a_killed_sweep_end_and_their_runs_can_be_gone_on_with(start,
     process.communicate(timeout=60)
     wait_for(lambda: not alive(children), 20)
     done = cli(*LONG, "sweep.dry_run=true", "-m")
-    assert done.stdout.count("resume (was interrupted in") == 2
+    assert done.stdout.count("resume (interrupted; checkpoint in") == 2
 
 
 @pytest.mark.slow
@@ -214,7 +214,7 @@ def test_sweep_listens_on_loopback_only_and_to_nobody_else(start, tmp_path):
         assert done.stdout == ""
 
 
-def test_as_many_workers_as_asked_for_but_no_more_than_groups(make_config):
+def test_sweep_workers_sets_their_number_up_to_the_number_of_groups(make_config):
     jobs = [make_config("sweep.workers=7", f"seed={seed}") for seed in range(3)]
     assert resources.choose_worker_count(jobs, plan.group_jobs(jobs), hardware.here()) == 3
 
@@ -226,18 +226,18 @@ def test_as_many_workers_as_asked_for_but_no_more_than_groups(make_config):
         (40, [], 8),
         (40, ["threads=4"], 2),
         (20, ["data=fashion_mnist_mini"], 1),
-        (40, ["backend=torch"], 1),  # other threads would give other bits
+        (40, ["backend=torch"], 1),  # results depend on the number of threads
         (40, ["backend=torch", "threads=2"], 4),
     ],
 )
-def test_workers_are_as_many_as_pay_off(make_config, seeds, overrides, expected):
+def test_worker_count_minimises_the_estimated_makespan(make_config, seeds, overrides, expected):
     jobs = [make_config(f"seed={seed}", *overrides) for seed in range(seeds)]
     eight_cores = Hardware(cores=8, gpus=0, free_bytes=64 << 30)
     assert resources.choose_worker_count(jobs, plan.group_jobs(jobs), eight_cores) == expected
 
 
 def test_no_worker_is_left_alone_with_a_long_group(make_config):
-    # Two workers would do the third group with one core idle; in one process each has both cores.
+    # Two workers would train the third group with one core idle; one process uses both cores for each group.
     two_cores = Hardware(cores=2, gpus=0, free_bytes=64 << 30)
     jobs = [make_config(f"seed={seed}", "epochs=40") for seed in range(10)]
     assert resources.choose_worker_count(jobs[:3], plan.group_jobs(jobs[:3]), two_cores) == 1
@@ -251,7 +251,7 @@ def test_each_gpu_gets_a_worker(make_config):
     assert resources.choose_worker_count(jobs[:2], plan.group_jobs(jobs[:2]), four_gpus) == 2
 
 
-def test_executors_give_every_group_its_own_answer():
+def test_executors_yield_the_result_of_every_group():
     assert dict(run_serial(abs, [-3, 4])) == {0: 3, 1: 4}
     assert dict(dask_pool.run_parallel(abs, [-3, 4, -5], 2)) == {0: 3, 1: 4, 2: 5}
 
