@@ -1,4 +1,4 @@
-"""The command line as a user meets it: whatever cannot work is refused in words, before anything is made."""
+"""The command line: what cannot work is refused with a clear message before anything is created."""
 
 import os
 import re
@@ -51,7 +51,7 @@ MISTAKES = [
     # --- devices
     (["device=gpu"], ["device='gpu'", "auto, cpu, mps, cuda or cuda:N"]),
     (["device=cuda:x"], ["device='cuda:x'", "cuda:N"]),
-    # --- several values, words, and what Hydra's grammar cannot read
+    # --- several values, single words, and what Hydra's grammar cannot read
     (["lr=0.1,0.5,0.9"], ["lr=0.1,0.5,0.9", "-m"]),
     (["seed=range(3)"], ["seed=range(3)", "multirun"]),
     (["model.channels=6,16"], ["model.channels=6,16", "KEY=[A,B]"]),
@@ -63,9 +63,9 @@ MISTAKES = [
     (["model=glob(none_such*)", "-m"], ["glob(none_such*)"]),
     (["lr=${none_such}"], ["lr", "none_such"]),
     (["--lr=0.1"], ["--lr=0.1", "without dashes: lr=VALUE"]),
-    (["lr", "0.1"], ["'lr' lacks its value", "lr=VALUE"]),
+    (["lr", "0.1"], ["'lr' needs a value", "lr=VALUE"]),
     (["lr=" + "9" * 400], ["lr=9", "a number above 0"]),
-    # --- what is a sweep, and is not asked for as one
+    # --- sweeps without -m
     (["sweep.dry_run=true"], ["sweep.dry_run=true", "needs -m"]),
     (["+experiment=learning_rates"], ["is a sweep", "needs -m"]),
     (["hydra.sweep.subdir=x", "lr=0.1,0.2", "-m"], ["hydra.sweep.subdir"]),
@@ -116,9 +116,9 @@ def test_output_folder_below_a_file_is_refused(command, tmp_path, key, flags):
 def test_read_only_folder_is_refused(cli, tmp_path, key):
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o555)
-    # Root writes everywhere, unless it lets go of that right.
-    meek = ("setpriv", "--bounding-set=-dac_override") if os.geteuid() == 0 else ()
-    done = cli(key, "data=fashion_mnist_mini", prefix=meek)
+    # Root can write everywhere, unless it drops that capability.
+    without_override = ("setpriv", "--bounding-set=-dac_override") if os.geteuid() == 0 else ()
+    done = cli(key, "data=fashion_mnist_mini", prefix=without_override)
     _refused(done, tmp_path, [str(locked), "cannot be written"], left={"locked"})
     assert list(locked.iterdir()) == []
 
@@ -199,7 +199,7 @@ def test_server_that_does_not_answer_as_mlflow_is_refused_within_five_seconds(
 
 @pytest.mark.parametrize("flags", [[], ["lr=0.1,0.2", "-m"]])
 def test_server_that_is_not_there_is_refused_within_five_seconds(cli, tmp_path, flags):
-    with socket.socket() as taken:  # bound and not listening: nobody else gets the port, nobody answers
+    with socket.socket() as taken:  # bound but not listening: the port is taken and does not answer
         taken.bind(("127.0.0.1", 0))
         _refused_soon(cli, tmp_path, f"http://127.0.0.1:{taken.getsockname()[1]}", *flags)
 
@@ -211,7 +211,7 @@ def _refused_soon(command, tmp_path, uri, *arguments):
     _refused(done, tmp_path, ["tracking.uri", repr(uri), "no MLflow server"])
 
 
-# --- what answers at once, and what shows more
+# --- fast commands, help, and --debug
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_debug_shows_the_traceback_before_the_message(cli, flag, env):
     assert done.stderr.splitlines()[-1].startswith("error: lr='abc'")
 
 
-def test_last_search_for_garbage_finds_nothing_to_search(tmp_path):
+def test_garbage_collector_has_no_objects_to_search_at_exit(tmp_path):
     code = (
         "import atexit, gc, sys; atexit.register(lambda: print(len(gc.get_objects()) < 1000));"
         "sys.argv[1:] = ['sync']; from lenet_sweep.cli.main import main; main()"
@@ -267,13 +267,13 @@ def test_data_command_says_where_the_verified_files_are(cli, tmp_path):
     assert len([path for path in tmp_path.rglob("*-ubyte") if path.is_file()]) == 4
 
 
-def _refused(done, folder, told, left=frozenset()):
-    """Exit code 2, at most three lines that say all that is in `told`, and nothing new in `folder`."""
+def _refused(done, folder, expected, left=frozenset()):
+    """Exit code 2, at most three lines that contain all of `expected`, and no file but `left` in `folder`."""
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) <= 3
     assert done.stderr.startswith("error: ")
-    for words in told:
+    for words in expected:
         assert words in done.stderr
     assert {path.name for path in folder.iterdir()} == set(left)

@@ -1,4 +1,4 @@
-"""A sweep's jobs are composed exactly as Hydra composes them, errors among them."""
+"""Jobs of a sweep are composed exactly as Hydra composes them, including errors."""
 
 import pytest
 from hydra import initialize_config_dir
@@ -36,7 +36,7 @@ def plain(context, master):
 
 
 def outcome(compose):
-    """The config, or all that can be seen of the error."""
+    """The config, or the type and message of the error and of its cause."""
     try:
         return compose()
     except Exception as error:
@@ -106,7 +106,7 @@ INVALID = (
     "model.pool={a: 1}",
     "model.pool.deep=1",
     "optimizer.momentum=${nothing}",
-    "optimizer.betas=[0.5,0.6]",  # a key of adam's only
+    "optimizer.betas=[0.5,0.6]",  # a key that only adam has
     "schedule.gamma=0.5",
     "lr=abc",
     "lr=null",
@@ -123,7 +123,7 @@ INVALID = (
 def test_job_of_one_override_is_composed_as_hydra_does_it(context, master, composer, plain, override):
     expected = composed_by_hydra(context, master, [override])
     assert outcome(lambda: composer.compose([override])) == expected
-    # From what was kept of the first time, which the first job must not have changed.
+    # The second time uses the cached composition, which the first job must not have changed.
     assert outcome(lambda: composer.compose([override])) == expected
     assert composer.compose([]) == plain
 

@@ -1,4 +1,4 @@
-"""The schema: presets are valid, every field has its type and range, a stored config comes back equal."""
+"""The config: presets are valid, every field has a type and range, and a stored config loads equal."""
 
 import contextlib
 import dataclasses
@@ -81,7 +81,7 @@ def _leaves(section, prefix=""):
 
 
 def _presets_with(path):
-    """Presets of the groups whose fields hang on the member that was chosen."""
+    """The preset of a group that has the field; for fields that not every preset of the group has."""
     group, _, name = path.rpartition(".")
     return {
         ("optimizer", "betas"): ["optimizer=adam"],
@@ -138,7 +138,7 @@ def test_whole_number_is_neither_bool_text_nor_float(make_config, given):
         parsing.parse(_replaced(make_config(), "epochs", given))
 
 
-def test_whole_number_is_taken_where_a_float_is_asked(make_config):
+def test_whole_number_is_accepted_where_a_float_is_required(make_config):
     lr = parsing.parse(_replaced(make_config(), "lr", 1)).lr
     assert (lr, type(lr)) == (1.0, float)
 
@@ -153,7 +153,7 @@ def test_long_value_is_shown_shortened(make_config):
 
 
 @pytest.mark.parametrize(
-    ("preset", "path", "value", "told"),
+    ("preset", "path", "value", "expected"),
     [
         ("optimizer=nesterov", "optimizer.momentum", 0.0, "optimizer.nesterov=true"),
         ("data=fashion_mnist_mini", "data.train_size", 2001, "2000 training examples"),
@@ -164,12 +164,12 @@ def test_long_value_is_shown_shortened(make_config):
         ("tracking=mlflow", "tracking.experiment", " ", "tracking.experiment"),
     ],
 )
-def test_values_that_cannot_work_together_are_refused(make_config, preset, path, value, told):
+def test_values_that_cannot_work_together_are_refused(make_config, preset, path, value, expected):
     values = _replaced(make_config(preset), path, value)
-    if told is None:
+    if expected is None:
         assert parsing.parse(values)
         return
-    with pytest.raises(ConfigError, match=re.escape(told)):
+    with pytest.raises(ConfigError, match=re.escape(expected)):
         parsing.parse(values)
 
 
@@ -177,7 +177,7 @@ def test_values_that_cannot_work_together_are_refused(make_config, preset, path,
 
 
 @given(st.sampled_from(sorted(parsing.known_keys())), st.data())
-def test_key_with_one_letter_missing_is_led_back_to_a_known_key(key, data):
+def test_key_with_one_letter_missing_gets_the_known_key_as_a_suggestion(key, data):
     section, _, name = key.rpartition(".")
     assume(len(name) > 3)
     cut = data.draw(st.integers(0, len(name) - 1))
@@ -186,7 +186,7 @@ def test_key_with_one_letter_missing_is_led_back_to_a_known_key(key, data):
     assert f"Did you mean {key!r}?" in str(parsing.unknown_key(misspelt))
 
 
-def test_word_like_nothing_known_gets_no_suggestion():
+def test_word_unlike_any_known_key_gets_no_suggestion():
     assert "Did you mean" not in str(parsing.unknown_key("zzzzzz"))
 
 
@@ -194,7 +194,7 @@ def test_word_like_nothing_known_gets_no_suggestion():
 
 
 def _field(options):
-    """Values that a field takes, whatever else stands in the config."""
+    """Values that a field accepts, regardless of the rest of the config."""
     strategies = [st.none()] if type(None) in options else []
     for option in options:
         if get_origin(option) is Literal:
@@ -218,7 +218,7 @@ def _field(options):
 
 @st.composite
 def any_config(draw, start):
-    """A valid config: `start` with any of its fields changed to values they take together."""
+    """A valid config: `start` with any of its fields changed."""
     values = parsing.to_dict(start)
     for path, options in LEAVES.items():
         section, _, name = path.rpartition(".")
@@ -268,7 +268,7 @@ FRAGMENTS = st.sampled_from(
 
 @settings(max_examples=300)
 @given(st.one_of(st.binary(), st.text().map(str.encode), st.lists(FRAGMENTS).map("".join).map(str.encode)))
-def test_whatever_a_file_holds_loading_it_raises_a_config_error(tmp_path_factory, content):
+def test_loading_a_file_with_any_content_raises_a_config_error(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "stored.yaml"
     path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
@@ -291,7 +291,7 @@ def test_damaged_config_raises_nothing_but_config_errors(make_config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         ("", "expected keys and values, got NoneType"),
         ("- 1", "got list"),
@@ -302,10 +302,10 @@ def test_damaged_config_raises_nothing_but_config_errors(make_config, tmp_path):
         ("a: 2024-13-99", "not a config in YAML"),
     ],
 )
-def test_file_that_is_no_config_is_refused_in_words(tmp_path, content, told):
+def test_file_that_is_not_a_config_is_refused_with_a_reason(tmp_path, content, expected):
     path = tmp_path / "config.yaml"
     path.write_text(content)
-    with pytest.raises(ConfigError, match=re.escape(told)):
+    with pytest.raises(ConfigError, match=re.escape(expected)):
         parsing.load(path)
 
 
@@ -315,7 +315,7 @@ def test_file_that_cannot_be_read_is_named(tmp_path, path):
         parsing.load(tmp_path / path)
 
 
-def test_stored_config_names_nothing_that_is_run(make_config, tmp_path):
+def test_loading_a_stored_config_executes_nothing(make_config, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(f"x: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n" + parsing.dump(make_config()))
     with pytest.raises(ConfigError):
@@ -331,7 +331,7 @@ def test_flattened_config_has_every_leaf_by_its_dotted_name(make_config):
 
 
 def _replaced(config, path, value, remove=False):
-    """`config` as nested dicts, with the value at `path` changed or taken out."""
+    """`config` as nested dicts, with the value at `path` changed or removed."""
     values = parsing.to_dict(config)
     holder = values
     *sections, name = path.split(".")

@@ -1,4 +1,4 @@
-"""Which jobs are trained together: each exactly once, trajectories in order, arrays of what fits."""
+"""The plan: every job is in one group, trajectories are in order, arrays hold compatible jobs."""
 
 import itertools
 
@@ -11,8 +11,8 @@ from lenet_sweep.sweeps import plan
 from lenet_sweep.tracking.mlflow_store import MlflowStore
 
 
-def places(groups):
-    return sorted(place for group in groups for wave in group.waves for place in wave)
+def indices(groups):
+    return sorted(i for group in groups for wave in group.waves for i in wave)
 
 
 def test_jobs_that_differ_only_in_epochs_are_one_group_from_the_shortest_to_the_longest(make_config):
@@ -29,7 +29,7 @@ def test_jobs_whose_schedule_depends_on_their_end_cost_their_sum(make_config):
     assert sum(group.cost for group in plan.group_jobs(jobs)) == 15
 
 
-def test_arrays_hold_at_most_so_many_trajectories_and_only_what_can_share_one(make_config):
+def test_arrays_hold_at_most_width_trajectories_with_equal_keys(make_config):
     jobs = [
         make_config(f"model={model}", f"seed={seed}", f"epochs={n}")
         for model, seed, n in itertools.product(("lenet", "lenet_relu_max"), range(3), (1, 2))
@@ -43,29 +43,29 @@ def test_arrays_hold_at_most_so_many_trajectories_and_only_what_can_share_one(ma
     ]
     for group in groups:
         for wave in group.waves:
-            assert len({plan.array_key(jobs[place]) for place in wave}) == 1
-            assert len({fingerprint.trajectory_hash(jobs[place]) for place in wave}) == len(wave)
-    assert places(groups) == list(range(12))
+            assert len({plan.array_key(jobs[i]) for i in wave}) == 1
+            assert len({fingerprint.trajectory_hash(jobs[i]) for i in wave}) == len(wave)
+    assert indices(groups) == list(range(12))
 
 
 def test_job_given_twice_is_never_in_one_array_with_itself(make_config):
     jobs = [make_config(f"seed={seed}") for seed in (0, 1, 0)]
     assert plan.group_jobs(jobs, width=8)[0].waves == ((0, 1), (2,))
-    assert places(plan.group_jobs(jobs)) == [0, 1, 2]
+    assert indices(plan.group_jobs(jobs)) == [0, 1, 2]
 
 
-def test_store_is_asked_once_for_all_jobs_that_it_may_make_needless(make_config, tmp_path, monkeypatch):
+def test_each_store_is_queried_once_and_not_for_jobs_to_rerun(make_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    asked = []
+    queries = []
     monkeypatch.setattr(
-        MlflowStore, "finished", lambda store, hashes: asked.append((store.config, hashes)) or {}
+        MlflowStore, "finished", lambda store, hashes: queries.append((store.config, hashes)) or {}
     )
     again = make_config("sweep.rerun=true")
     other = make_config("tracking.experiment=other")
     seeds = [make_config(f"seed={seed}") for seed in range(3)]
     planned = plan.make_plan([((), config) for config in (*seeds, again, other)])
     assert [job.action for job in planned] == ["train"] * 5
-    assert sorted(asked, key=lambda question: question[0].experiment) == [
+    assert sorted(queries, key=lambda query: query[0].experiment) == [
         (seeds[0].tracking, [job.config_hash for job in planned[:3]]),
         (other.tracking, [planned[4].config_hash]),
     ]

@@ -92,7 +92,7 @@ def test_sweep_folder_is_never_used_twice(command, tmp_path):
     second = command(*MINI, "lr=0.2", "tracking=none", "hydra.sweep.dir=mine", "-m")
     assert (first.returncode, second.returncode) == (0, 2)
     assert "mine: already holds a sweep" in second.stderr
-    assert "FINISHED" not in second.stdout  # nothing of the other sweep is told as this one's
+    assert "FINISHED" not in second.stdout  # results of the other sweep are not reported as this one's
     assert yaml.safe_load((tmp_path / "mine" / "0" / "config.yaml").read_text())["lr"] == 0.1
 
 
@@ -131,8 +131,8 @@ def test_debug_preset_does_what_it_says(command, tmp_path, preset):
 @pytest.mark.network
 @pytest.mark.slow
 def test_one_epoch_on_the_real_set_reaches_its_floor(cli, tmp_path):
-    # Six seeds ended with test accuracies of 0.68 to 0.76 (train: 0.63 to 0.67); a network that has
-    # learned nothing has 0.10. The floors are three standard deviations below the means.
+    # Six seeds reached test accuracies of 0.68 to 0.76 (train: 0.63 to 0.67); an untrained
+    # network has 0.10. The floors are three standard deviations below the means.
     done = cli("model=lenet_relu_max", "lr=0.1", "epochs=1", "tracking=none", timeout=600)
     assert done.returncode == 0, done.stderr
     words = re.search(r"^loss .*, train acc (0\.\d{3}), test acc (0\.\d{3})$", done.stdout, re.MULTILINE)

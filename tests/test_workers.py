@@ -1,4 +1,4 @@
-"""Sweeps in worker processes: the same bits as in one process, and nothing lost when one of them dies."""
+"""Sweeps in worker processes: bit-identical to one process, and nothing is lost when a worker dies."""
 
 import json
 import os
@@ -29,8 +29,8 @@ MIXED = (
 
 
 def results(sweep):
-    """Of each run of a sweep, by its overrides: every metric but speed, and the weights' bits."""
-    found = {}
+    """By the overrides of each run of a sweep: every metric but speed, and the bytes of the weights."""
+    by_overrides = {}
     for number, job in enumerate(json.loads((sweep / "sweep.json").read_text())["jobs"]):
         folder = sweep / str(number)
         lines = [metrics_file.parse(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -38,8 +38,8 @@ def results(sweep):
         saved = folder / "model" / "weights.safetensors"
         weights = load_file(saved) if saved.exists() else {}  # a failed run has none
         overrides = tuple(o for o in job["overrides"] if not o.startswith("sweep."))
-        found[overrides] = (kept, {name: tensor.numpy().tobytes() for name, tensor in weights.items()})
-    return found
+        by_overrides[overrides] = (kept, {name: tensor.numpy().tobytes() for name, tensor in weights.items()})
+    return by_overrides
 
 
 def statuses(folder):
@@ -55,15 +55,15 @@ def latest(folder):
 
 def wait_for(condition, seconds=90.0):
     deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come about"
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.05)
-    return found
+    return value
 
 
 @pytest.fixture
 def start(tmp_path, data_root):
-    """Start the command line in `tmp_path` and leave it running; it is killed in the end."""
+    """Start the command line in `tmp_path` and leave it running; it is killed at the end."""
     started = []
 
     def begin(*arguments):
@@ -91,7 +91,7 @@ def alive(processes):
 
 
 def trains(folder):
-    """The processes that train now, each with the folder of its run."""
+    """The ids of the processes that are training, each with the folder of its run."""
     running = {}
     for note in folder.glob("outputs/sweeps/*/*/tracking.json"):
         if not (note.parent / "result.json").exists():
@@ -188,7 +188,7 @@ def test_interrupted_sweep_saves_the_state_of_all_its_workers_runs(start, cli, t
     assert not alive(children)
     reached = [len(path.read_text().splitlines()) for path in latest(tmp_path).glob("*/metrics.jsonl")]
     done = cli(*LONG, "sweep.dry_run=true", "-m")
-    assert done.stdout.count("resume (was interrupted in") == 2
+    assert done.stdout.count("resume (interrupted; checkpoint in") == 2
     assert min(reached) >= 1
 
 
@@ -201,7 +201,7 @@ def test_workers_of_a_killed_sweep_end_and_their_runs_can_be_gone_on_with(start,
     process.communicate(timeout=60)
     wait_for(lambda: not alive(children), 20)
     done = cli(*LONG, "sweep.dry_run=true", "-m")
-    assert done.stdout.count("resume (was interrupted in") == 2
+    assert done.stdout.count("resume (interrupted; checkpoint in") == 2
 
 
 @pytest.mark.slow
@@ -240,7 +240,7 @@ def test_as_many_workers_as_asked_for_but_no_more_than_groups(make_config):
         (40, [], 8),
         (40, ["threads=4"], 2),
         (20, ["data=fashion_mnist_mini"], 1),
-        (40, ["backend=torch"], 1),  # other threads would give other bits
+        (40, ["backend=torch"], 1),  # results depend on the number of threads
         (40, ["backend=torch", "threads=2"], 4),
     ],
 )
@@ -251,7 +251,7 @@ def test_workers_are_as_many_as_pay_off(make_config, seeds, overrides, expected)
 
 
 def test_no_worker_is_left_alone_with_a_long_group(make_config):
-    # Two workers would do the third group with one core idle; in one process each has both cores.
+    # Two workers would train the third group with one core idle; one process uses both cores for each group.
     two_cores = Hardware(cores=2, gpus=0, free_bytes=64 << 30)
     jobs = [replace(make_config("epochs=40"), seed=seed) for seed in range(10)]
     assert resources.choose_worker_count(jobs[:3], plan.group_jobs(jobs[:3]), two_cores) == 1

@@ -1,4 +1,8 @@
-"""Registers our launcher with Hydra: a thin face, imported in every Hydra app on the machine."""
+"""Registers our launcher with Hydra.
+
+Hydra imports this file in every Hydra application on the machine, so it imports nothing heavy. The
+implementation is `lenet_sweep.cli.launcher`, which is imported when a sweep is launched.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +17,7 @@ from omegaconf import DictConfig
 
 @dataclass
 class LenetLauncherConf:
-    """It takes no settings."""
+    """The launcher has no settings."""
 
     _target_: str = "hydra_plugins.lenet_sweep_plugin.launcher.LenetLauncher"
 
@@ -24,7 +28,7 @@ ConfigStore.instance().store(
 
 
 class LenetLauncher(Launcher):
-    """Runs the jobs of a sweep from the plan that the sweeper made, in this process or in workers."""
+    """Trains the jobs of a sweep as the sweeper planned them, in this process or in worker processes."""
 
     def __init__(self) -> None:
         self._setup: dict[str, Any] = {}

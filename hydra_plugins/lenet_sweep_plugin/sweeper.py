@@ -1,7 +1,7 @@
 """Registers our sweeper with Hydra.
 
-Hydra imports this file in every Hydra app on the machine, so it stays a thin face: what it does
-lives in `_sweep.py`, which is imported when a sweep starts.
+Hydra imports this file in every Hydra application on the machine, so it imports nothing heavy. The
+implementation is `lenet_sweep.cli.sweeper`, which is imported when a sweep starts.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 @dataclass
 class LenetSweeperConf:
-    """`params` are sweeps written in YAML, as conf/experiment/ has them; the command line adds to them."""
+    """`params` are sweeps written in YAML, as in conf/experiment/; the command line extends them."""
 
     _target_: str = "hydra_plugins.lenet_sweep_plugin.sweeper.LenetSweeper"
     params: dict[str, str] = field(default_factory=dict)
@@ -27,7 +27,7 @@ ConfigStore.instance().store(
 
 
 class LenetSweeper(Sweeper):
-    """Checks every job of a sweep before the first one starts, and ends with a table of all runs."""
+    """Checks every job of a sweep before the first one starts, and prints a table of all runs at the end."""
 
     def __init__(self, params: dict[str, str]) -> None:
         self._params = params

@@ -1,4 +1,4 @@
-"""The command line and Hydra: the only room that imports Hydra.
+"""The command line and the cores of our Hydra plugins: the only package that imports Hydra.
 
 May import: all others.
 """

@@ -1,4 +1,8 @@
-"""TODO cli.commands."""
+"""The subcommands: `compare`, `data`, `predict`, `reproduce`, `sync` and `ui`.
+
+Each takes the rest of the command line and returns its exit code (None: 0). Its docstring is its help text.
+A user's mistake raises a `LenetSweepError`. Torch and MLflow are imported only by the commands that use them.
+"""
 
 import argparse
 import inspect
@@ -14,6 +18,7 @@ from lenet_sweep.config import parsing
 from lenet_sweep.config.schema import Config
 from lenet_sweep.errors import ConfigError, OutputError, TrackingError, suggestion
 from lenet_sweep.paths import check_writable, default_data_root, write_atomic
+from lenet_sweep.tracking.base import Store
 from lenet_sweep.tracking.mlflow_store import MlflowStore
 from lenet_sweep.tracking.stores import open_store
 
@@ -22,277 +27,317 @@ if TYPE_CHECKING:
     from lenet_sweep.analysis.selection import Selection
 
 
-_DIFFERENT = 3
-INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
+INTERRUPTED = 130  # a shell reports this code for a process that Ctrl-C ended
+_DIFFERENT = 3  # `reproduce` found a difference
+
+_RUN_HELP = "MLflow run id or the start of one, run folder, or config.yaml"
 
 
 def data(arguments: list[str]) -> None:
-    """Fetch and verify datasets."""
+    """Fetch and verify datasets ahead of time."""
     from lenet_sweep.datasets import download
     from lenet_sweep.datasets.catalog import DATASETS
 
-    parser = argparse.ArgumentParser(
-        "python -m lenet_sweep data", description="Fetch and verify datasets ahead of time."
-    )
     names = tuple(DATASETS)
+    parser = _parser(data)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(names)} (default: all)")
     parser.add_argument(
         "--root",
         type=Path,
+        metavar="DIR",
         default=Path(default_data_root()),
-        help="the folder to look in and to fetch into (default: $LENET_SWEEP_DATA, or data)",
+        help="folder of the datasets, into which missing files are fetched "
+        "(default: $LENET_SWEEP_DATA, or data)",
     )
-    chosen = parser.parse_args(arguments)
-    for name in chosen.names:
+    options = parser.parse_args(arguments)
+    for name in options.names:
         if name not in names:
             near = suggestion(name, set(names))
             raise ConfigError(f"there is no dataset {name!r}.{near}\nDatasets: {', '.join(names)}.")
-    for name in chosen.names or names:
-        print(f"{name}: complete and verified in {download.ensure(name, chosen.root)}")
+    for name in options.names or names:
+        print(f"{name}: complete and verified in {download.ensure(name, options.root)}")
 
 
 def sync(arguments: list[str]) -> None:
-    """Send to the tracking store what it did not get while it was out of reach."""
+    """Sync runs whose tracking store was unreachable while they trained."""
     from lenet_sweep.tracking import recovery
 
-    argparse.ArgumentParser("python -m lenet_sweep sync", description=sync.__doc__).parse_args(arguments)
-    sent, problems = recovery.sync_all()
-    print(f"{sent} runs sent in full")
+    _parser(sync).parse_args(arguments)
+    synced, problems = recovery.sync_all()
+    print(f"{synced} run{'s' * (synced != 1)} synced")
     if problems:
         raise TrackingError("\n".join(problems))
 
 
 def reproduce(arguments: list[str]) -> int:
-    """Train a run again from its stored config, and tell whether every bit is the same.
+    """Train a run again from its stored config and report whether its results are
+    bit-identical.
 
-    With overrides (lr=0.3), train a variant of it instead: a new run, tagged with its origin.
+    With overrides (such as lr=0.3), train a variant of the run instead: a new
+    run, tagged with its origin.
     """
-    parser = argparse.ArgumentParser(
-        "python -m lenet_sweep reproduce",
-        description=inspect.cleandoc(reproduce.__doc__ or ""),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit codes: 0 identical (or the variant was trained), 3 different, 2 it could not be tried.",
+    parser = _parser(
+        reproduce,
+        "Exit codes: 0 bit-identical (or the variant was trained), 3 different,\n"
+        "2 the run could not be trained again.",
     )
+    parser.add_argument("run", metavar="RUN", help=_RUN_HELP)
     parser.add_argument(
-        "run", metavar="RUN", help="an MLflow run id or its start, a folder, or a config.yaml"
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="overrides of the variant; tracking.uri=... only selects the tracking store of RUN, "
+        "data.root=... the folder of the datasets",
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="tracking.uri=... says where RUN is"
-    )
-    chosen = parser.parse_args(arguments)
-    local = [text for text in chosen.overrides if re.match(r"tracking\b|data\.root=", text)]
-    here = compose(local)
-    changes = [parse_override(text) for text in chosen.overrides if text not in local]
+    options = parser.parse_args(arguments)
+    local = [override for override in options.overrides if _is_local(override)]
+    config = compose(local)
+    changes = [parse_override(override) for override in options.overrides if override not in local]
 
     from lenet_sweep.runs.reproduce import again, find, variant
 
-    original = find(chosen.run, open_store(here.tracking))
+    original = find(options.run, open_store(config.tracking))
     if changes:
-        variant(original, here, changes, tuple(chosen.overrides))
+        variant(original, config, changes, tuple(options.overrides))
         return 0
-    verdict = again(original, here.data.root)
+    verdict = again(original, config.data.root)
     print("\n".join(verdict.lines()))
     return 0 if verdict.identical else _DIFFERENT
 
 
 def predict(arguments: list[str]) -> None:
-    """Classify pictures with a run's network, or look at what pictures set off inside it.
+    """Classify images with the network of a run, or plot its activations.
 
-    Any PNG, JPEG, GIF, BMP, WEBP, TIFF or PPM file: it is turned grey, inverted where needed, cropped
-    and centred as the run's dataset is.
+    Accepts PNG, JPEG, GIF, BMP, WEBP, TIFF and PPM files. Each image is converted
+    to greyscale, inverted if needed, cropped and centred, as in the run's dataset.
     """
     from lenet_sweep.analysis import export, tables
     from lenet_sweep.inspection import plots
     from lenet_sweep.inspection.predict import activation_stats, classify, feature_maps, load
     from lenet_sweep.runs import progress
 
-    given, here = _predict_arguments(arguments)
-    _check_targets(given.activations, given.json, given.ood)
-    trained = load(given.run, open_store(here.tracking))
+    options, config = _predict_arguments(arguments)
+    _check_targets(options.activations, options.json, options.ood)
+    trained = load(options.run, open_store(config.tracking))
     screen = progress.console()
-    if given.images:
-        found = classify(trained, given.images)
-        screen.print(tables.prediction_table(found))
-        if given.json:
-            export.write_predictions(found, given.json)
-        if given.activations:
-            images, layers = feature_maps(trained, found)
-            plots.activations(images, layers, [path.name[:24] for path in given.images], given.activations)
-    if given.ood:
-        reactions = activation_stats(trained, Path(here.data.root))
-        screen.print(tables.activation_table(reactions))
-        plots.activation_stats(
-            reactions, f"{trained.config.model.name} trained on {trained.config.data.name}", given.ood
-        )
-    for path in filter(None, (given.activations, given.json, given.ood)):
+    if options.images:
+        predictions = classify(trained, options.images)
+        screen.print(tables.prediction_table(predictions))
+        if options.json:
+            export.write_predictions(predictions, options.json)
+        if options.activations:
+            images, layers = feature_maps(trained, predictions)
+            names = [path.name[:24] for path in options.images]
+            plots.activations(images, layers, names, options.activations)
+    if options.ood:
+        stats = activation_stats(trained, Path(config.data.root))
+        screen.print(tables.activation_table(stats))
+        title = f"{trained.config.model.name} trained on {trained.config.data.name}"
+        plots.activation_stats(stats, title, options.ood)
+    for path in filter(None, (options.activations, options.json, options.ood)):
         screen.print(tables.plain(str(path)), soft_wrap=True)
 
 
 def _predict_arguments(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
-    parser = argparse.ArgumentParser(
-        "python -m lenet_sweep predict",
-        description=inspect.cleandoc(predict.__doc__ or ""),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="tracking.uri=... says where RUN is, data.root=... where datasets are.",
+    """The options, with the image files as `images`, and the config of this machine's stores and datasets."""
+    parser = _parser(
+        predict,
+        "tracking.uri=... selects the tracking store of RUN, data.root=... the folder of\nthe datasets.",
     )
+    parser.add_argument("run", metavar="RUN", help=_RUN_HELP)
+    parser.add_argument("words", nargs="*", metavar="IMAGE", help="image files")
     parser.add_argument(
-        "run", metavar="RUN", help="an MLflow run id or its start, a folder, or a config.yaml"
+        "--activations", type=Path, metavar="OUT.png", help="plot the activations of the first two layers"
     )
-    parser.add_argument("words", nargs="*", metavar="IMAGE", help="picture files")
-    parser.add_argument(
-        "--activations", type=Path, metavar="OUT.png", help="draw the first two layers' activations"
-    )
-    parser.add_argument("--json", type=Path, metavar="F", help="write all probabilities to F")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all probabilities to FILE")
     parser.add_argument(
         "--ood",
         type=Path,
         metavar="OUT.png",
-        help="draw what test pictures, inverted ones, noise and another dataset's set off in every layer",
+        help="plot every layer's activations on test images, inverted images, noise and another dataset",
     )
-    given = parser.parse_intermixed_args(arguments)
-    overrides = [word for word in given.words if re.match(r"(tracking[\w.]*|data\.root)=", word)]
-    given.images = [Path(word) for word in given.words if word not in overrides]
-    if not given.images and not given.ood:
+    options = parser.parse_intermixed_args(arguments)
+    overrides = [word for word in options.words if _is_local(word)]
+    options.images = [Path(word) for word in options.words if word not in overrides]
+    if not options.images and not options.ood:
         raise ConfigError(
-            "predict: needs a picture file (python -m lenet_sweep predict RUN IMAGE...), or --ood"
+            "predict: needs an image file (python -m lenet_sweep predict RUN IMAGE...), or --ood"
         )
-    if not given.images and (given.activations or given.json):
-        raise ConfigError("--activations and --json: are about picture files; name at least one")
-    return given, compose(overrides)
+    if not options.images and (options.activations or options.json):
+        raise ConfigError("--activations and --json: need at least one image file")
+    return options, compose(overrides)
 
 
 def compare(arguments: list[str]) -> None:
-    """Compare the settings of a sweep over their seeds: which is best, and which cannot be told from it?"""
+    """Compare the settings of a sweep: a table of means over seeds, the best
+    setting, and which others are not significantly worse.
+    """
     from lenet_sweep.analysis import comparison, selection, tables
     from lenet_sweep.runs import progress
     from lenet_sweep.storage import records
 
-    given = _compare_arguments(arguments)
-    comparison.check_metric(given.metric)
-    overrides = [word for word in given.words if "=" in word]
-    if strange := [word for word in overrides if not parsing.is_about_tracking(word)]:
-        raise ConfigError(
-            f"{strange[0]}: only tracking=... and tracking.uri=... can be set here; see --filter"
-        )
-    _check_targets(given.csv, given.json, given.markdown, given.html, given.figures)
-    names = [word for word in given.words if word not in overrides]
-    everything = given.csv or given.json or given.html or given.figures
-    metrics = dict.fromkeys([given.metric, *(records.MORE_IS_BETTER if everything else ())])
-    chosen = selection.select(names, open_store(compose(overrides).tracking), given.filter, list(metrics))
-    result = comparison.compare(chosen.runs, given.metric, given.by)
+    options = _compare_arguments(arguments)
+    comparison.check_metric(options.metric)
+    names, store = _names_and_store(options.words, "; see --filter")
+    _check_targets(options.csv, options.json, options.markdown, options.html, options.figures)
+    writes_all_metrics = options.csv or options.json or options.html or options.figures
+    metrics = dict.fromkeys([options.metric, *(records.MORE_IS_BETTER if writes_all_metrics else ())])
+    selected = selection.select(names, store, options.filter, list(metrics))
+    result = comparison.compare(selected.runs, options.metric, options.by)
     screen = progress.console()
-    screen.print(tables.plain(f"{len(chosen.runs)} runs of {chosen.title}"), soft_wrap=True)
+    screen.print(tables.plain(f"{len(selected.runs)} runs of {selected.title}"), soft_wrap=True)
     screen.print(tables.comparison_table(result, screen.width))
-    for line in [*tables.comparison_lines(result), *_write(given, result, chosen)]:
+    for line in [*tables.comparison_lines(result), *_write(options, result, selected)]:
         screen.print(tables.plain(line), soft_wrap=True)
 
 
-def _check_targets(*files: Path | None) -> None:
-    """Refuse files that could not be written, before there is something to write.
-
-    Raises:
-        OutputError: naming the folder.
-    """
-    for file in filter(None, files):
-        if not file.parent.is_dir():
-            raise OutputError(f"{file}: there is no folder {file.parent}")
-        check_writable(file.parent)
-
-
-def _write(given: argparse.Namespace, result: "Comparison", chosen: "Selection") -> list[str]:
-    """Write the files that were asked for; return where they are."""
+def _write(options: argparse.Namespace, result: "Comparison", selected: "Selection") -> list[str]:
+    """Write the files that `options` name; return their paths."""
     from lenet_sweep.analysis import export, page
 
     written: list[Path] = []
-    if given.csv:
-        export.write_csv(result, given.csv)
-        written.append(given.csv)
-    if given.json:
-        export.write_json(result, given.json)
-        written.append(given.json)
-    if given.markdown:
-        write_atomic(given.markdown, export.comparison_markdown(result))
-        written.append(given.markdown)
-    if given.html:
-        page.write(result, chosen, given.html)
-        written.append(given.html)
-    if given.figures:
+    if options.csv:
+        export.write_csv(result, options.csv)
+        written.append(options.csv)
+    if options.json:
+        export.write_json(result, options.json)
+        written.append(options.json)
+    if options.markdown:
+        write_atomic(options.markdown, export.comparison_markdown(result))
+        written.append(options.markdown)
+    if options.html:
+        page.write(result, selected, options.html)
+        written.append(options.html)
+    if options.figures:
         from lenet_sweep.analysis import figures
 
-        written += figures.write(result, given.figures)
+        written += figures.write(result, options.figures)
     return [str(path) for path in written]
 
 
 def _compare_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m lenet_sweep compare",
-        description=inspect.cleandoc(compare.__doc__ or ""),
-        epilog="tracking.uri=... says which store; with tracking=none, SWEEP is a folder.",
+    parser = _parser(
+        compare, "tracking.uri=... selects the tracking store. With tracking=none, SWEEP is a folder."
     )
     parser.add_argument(
         "words",
         nargs="*",
         metavar="SWEEP",
-        help="ids or folders of sweeps or runs, or their start (default: the latest sweep)",
+        help="ids or folders of sweeps or runs, or starts of ids (default: the latest sweep)",
     )
-    parser.add_argument("--by", nargs="+", metavar="KEY", help="what to group by (default: all that differs)")
-    parser.add_argument("--metric", default="test/acc", help="default: test/acc")
-    parser.add_argument("--filter", help="only runs that MLflow's filter selects: \"params.lr = '0.1'\"")
-    parser.add_argument("--csv", type=Path, metavar="F", help="write the table to F, with all digits")
-    parser.add_argument("--json", type=Path, metavar="F", help="write table and runs to F")
-    parser.add_argument("--markdown", type=Path, metavar="F", help="write the answer and the table to F")
-    parser.add_argument("--html", type=Path, metavar="F", help="write a page with pictures to F")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="write PNG and SVG pictures to DIR")
-    given = parser.parse_intermixed_args(arguments)
-    by = [key for word in given.by or [] for key in word.split(",") if key]
-    given.words += [word for word in by if "=" in word]
-    given.by = [word for word in by if "=" not in word] or None
-    return given
+    parser.add_argument(
+        "--by",
+        nargs="+",
+        metavar="KEY",
+        help="config keys that make up a setting, such as lr (default: all keys that differ, except seed)",
+    )
+    parser.add_argument("--metric", default="test/acc", help="metric to compare (default: test/acc)")
+    parser.add_argument(
+        "--filter", help="compare only runs that match this MLflow filter, such as \"params.lr = '0.1'\""
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table to FILE, with all digits")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table and all runs to FILE")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the answer and the table to FILE"
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report with charts to FILE")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="write the charts to DIR as PNG and SVG")
+    options = parser.parse_intermixed_args(arguments)
+    by = [key for word in options.by or [] for key in word.split(",") if key]
+    options.words += [word for word in by if "=" in word]
+    options.by = [word for word in by if "=" not in word] or None
+    return options
 
 
 def ui(arguments: list[str]) -> int:
-    """Open MLflow's pages on a sweep: its runs, what was swept, curves. Ctrl-C ends the server."""
+    """Open a sweep in MLflow's web pages: its runs, what was swept, and curves.
+    Ctrl-C stops the server.
+    """
     from lenet_sweep.analysis import mlflow_server
     from lenet_sweep.runs import progress
 
-    parser = argparse.ArgumentParser(
-        "python -m lenet_sweep ui",
-        description=inspect.cleandoc(ui.__doc__ or ""),
-        epilog="tracking.uri=... says which store; one that is a server already is only opened.",
+    parser = _parser(
+        ui,
+        "tracking.uri=... selects the tracking store. If it is a server, only the browser is\nopened.",
     )
     parser.add_argument(
         "words",
         nargs="*",
         metavar="SWEEP",
-        help="a sweep's or run's id or folder, or the start of an id (default: the latest sweep)",
+        help="id or folder of a sweep or run, or the start of an id (default: the latest sweep)",
     )
     parser.add_argument(
-        "--port", type=_port, help=f"of the server (default: {mlflow_server.PORT}, or a free one after it)"
+        "--port",
+        type=_port,
+        help=f"port of the server (default: {mlflow_server.PORT}, or the next free one)",
     )
-    parser.add_argument("--no-browser", action="store_true", help="only print the page's address")
-    given = parser.parse_intermixed_args(arguments)
-    overrides = [word for word in given.words if parsing.is_about_tracking(word)]
-    names = [word for word in given.words if word not in overrides]
+    parser.add_argument("--no-browser", action="store_true", help="print the address without opening it")
+    options = parser.parse_intermixed_args(arguments)
+    names, store = _names_and_store(options.words)
     if len(names) > 1:
-        raise ConfigError(f"{' '.join(names)}: the pages open on one sweep or run; name one")
-    if strange := [word for word in names if "=" in word]:
-        raise ConfigError(f"{strange[0]}: only tracking=... can be set here")
-    store = open_store(compose(overrides).tracking)
+        raise ConfigError(f"{' '.join(names)}: ui opens one sweep or run; give only one")
     if not isinstance(store, MlflowStore):
         raise ConfigError("ui: needs MLflow; with tracking=none, open the report.html of a sweep")
-    if hasattr(signal, "SIGHUP"):  # a terminal that is closed must not leave the server behind
+    if hasattr(signal, "SIGHUP"):  # closing the terminal must stop the server, too
         signal.signal(signal.SIGHUP, raise_interrupt)
+    name = names[0] if names else None
     try:
-        mlflow_server.run(names[0] if names else None, store, given.port, not given.no_browser, progress.say)
-    except KeyboardInterrupt:  # before there was a page
+        mlflow_server.run(name, store, options.port, not options.no_browser, progress.say)
+    except KeyboardInterrupt:  # before the page was opened
         return INTERRUPTED
     return 0
 
 
 def _port(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 2**16:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port: 1 to 65535")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port; use a number from 1 to 65535")
     return int(text)
+
+
+def _parser(command: Callable[[list[str]], object], epilog: str = "") -> argparse.ArgumentParser:
+    """A parser whose help shows the command's docstring and `epilog` with their own line breaks."""
+    return argparse.ArgumentParser(
+        f"python -m lenet_sweep {command.__name__}",
+        description=inspect.cleandoc(command.__doc__ or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=epilog,
+    )
+
+
+def _names_and_store(words: list[str], hint: str = "") -> tuple[list[str], Store]:
+    """Split words into names of sweeps or runs and tracking overrides; open the store of the overrides.
+
+    Raises:
+        ConfigError: for any other override; the message ends with `hint`.
+    """
+    overrides = [word for word in words if "=" in word]
+    for override in overrides:
+        if not parsing.is_about_tracking(override):
+            raise ConfigError(f"{override}: only tracking=... and tracking.uri=... can be set here{hint}")
+    names = [word for word in words if word not in overrides]
+    return names, open_store(compose(overrides).tracking)
+
+
+def _is_local(word: str) -> bool:
+    """Whether an override only says where runs or datasets are, so that the stored config stays as it is."""
+    return bool(re.match(r"(tracking[\w.]*|data\.root)=", word))
+
+
+def _check_targets(*files: Path | None) -> None:
+    """Refuse output files that cannot be written before the work starts.
+
+    Raises:
+        OutputError: naming the folder.
+    """
+    for file in filter(None, files):
+        if not file.parent.is_dir():
+            raise OutputError(f"{file}: the folder {file.parent} does not exist")
+        check_writable(file.parent)
+
+
+def raise_interrupt(signum: int, frame: FrameType | None) -> None:
+    """Handle a signal as Python handles Ctrl-C, so that a run saves its state and records its status."""
+    raise KeyboardInterrupt
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
@@ -303,8 +348,3 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "sync": sync,
     "ui": ui,
 }
-
-
-def raise_interrupt(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM ends a run as Ctrl-C does: in order, with its status recorded."""
-    raise KeyboardInterrupt

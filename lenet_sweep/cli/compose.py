@@ -1,4 +1,4 @@
-"""TODO cli.compose."""
+"""Compose conf/*.yaml with overrides to a checked `Config`, for one run or for every job of a sweep."""
 
 import copy
 import functools
@@ -18,10 +18,11 @@ from lenet_sweep.paths import conf_dir
 
 
 def to_config(composed: DictConfig) -> Config:
-    """What Hydra composed, as checked dataclasses.
+    """Convert what Hydra composed to a checked `Config`, without Hydra's own section.
 
     Raises:
-        ConfigError: if it asks for something that cannot be.
+        ConfigError: for an unknown or missing key, a wrong type, a value out of range, or values
+            that cannot work together.
     """
     if "hydra" in composed:
         composed = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
@@ -31,13 +32,23 @@ def to_config(composed: DictConfig) -> Config:
 
 
 def compose(overrides: list[str]) -> Config:
-    """The config that these overrides alone make."""
+    """Compose the default config with these overrides, as `python -m lenet_sweep OVERRIDES` does.
+
+    Raises:
+        ConfigError: see `to_config`.
+        HydraException: for an override that Hydra refuses.
+    """
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return to_config(hydra.compose("config", overrides))
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """One override as a key and its plain value; a choice (model=lenet) as its whole section."""
+    """Split an override into its key and plain value; for a choice (model=lenet) the value is its section.
+
+    Raises:
+        ConfigError: for an unknown key.
+        HydraException: for text that is not an override.
+    """
     override = OverridesParser.create().parse_override(text)
     key = override.key_or_group
     if key not in parsing.known_keys():
@@ -50,27 +61,33 @@ Overrides = list[str]  # the overrides of one job
 
 
 class Composer:
-    """Composes a sweep's jobs as Hydra would, but each choice of groups only once.
+    """Composes the jobs of a sweep with the same results as Hydra, but each choice of groups only once.
 
-    Hydra takes 0.1 to 0.3 s to compose a job. But it only then applies the overrides of single values,
-    one after the other, so jobs that choose the same groups share all that comes before.
+    Hydra takes 0.1 to 0.3 s to compose a job: it first merges the chosen groups and then applies the
+    overrides of single values. Jobs that choose the same groups share the result of the first part.
     """
 
     def __init__(self, hydra_context: HydraContext, config: DictConfig) -> None:
         self._loader = hydra_context.config_loader
-        assert isinstance(self._loader, ConfigLoaderImpl)  # the one kind that Hydra has
+        assert isinstance(self._loader, ConfigLoaderImpl)  # Hydra has no other
         self._repository = self._loader.repository
         self._config = config
         self._parser = OverridesParser.create(config_loader=self._loader)
-        self._parse = functools.cache(self._parsed)
-        self._compose_groups = functools.cache(self._composed)
+        self._parse = functools.cache(self._parse_uncached)
+        self._compose_groups = functools.cache(self._compose_groups_uncached)
 
     def expand(self, arguments: list[str]) -> list[Overrides]:
-        """Hydra's own expansion of lists, choice, range and glob."""
+        """Expand lists, choice, range and glob to the overrides of each job, with Hydra's own code."""
         (jobs,) = BasicSweeper.split_arguments(self._parser.parse_overrides(arguments), max_batch_size=None)
         return jobs
 
     def compose(self, job: Overrides) -> Config:
+        """Compose the config of one job.
+
+        Raises:
+            ConfigError: see `to_config`.
+            HydraException: for an override that Hydra refuses.
+        """
         parsed = [self._parse(text) for text in job]
         groups = tuple(text for text, (_, is_value) in zip(job, parsed, strict=True) if not is_value)
         composed = copy.deepcopy(self._compose_groups(groups))
@@ -79,19 +96,22 @@ class Composer:
         )
         return to_config(composed)
 
-    def _parsed(self, text: str) -> tuple[Override, bool]:
+    def _parse_uncached(self, text: str) -> tuple[Override, bool]:
         override = self._parser.parse_override(text)
         return override, self._is_value(override)
 
-    def _composed(self, groups: tuple[str, ...]) -> DictConfig:
-        """All but Hydra's own section, which no value of a job depends on; closed to unknown keys."""
+    def _compose_groups_uncached(self, groups: tuple[str, ...]) -> DictConfig:
+        """Compose the chosen groups, without Hydra's own section; the result refuses unknown keys."""
         whole = self._loader.load_sweep_config(self._config, list(groups))
         own = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
         OmegaConf.set_struct(own, True)
         return own
 
     def _is_value(self, override: Override) -> bool:
-        """Whether Hydra applies it after the composition; what would change Hydra itself is left to it."""
+        """Whether Hydra applies the override after the groups are merged, as it does with single values.
+
+        Overrides of Hydra's own settings are passed to Hydra.
+        """
         if override.is_hydra_override() or override.is_sweep_override():
             return False
         is_section = isinstance(override.value(), dict)

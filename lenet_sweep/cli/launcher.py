@@ -1,4 +1,4 @@
-"""Our Hydra launcher: the jobs of a sweep, in the groups of the plan, trained by an executor."""
+"""The core of our Hydra launcher: split the jobs of a sweep into groups and train them with an executor."""
 
 import copy
 import functools
@@ -23,7 +23,7 @@ from lenet_sweep.storage.result import Result
 from lenet_sweep.sweeps import resources
 from lenet_sweep.sweeps.dask_pool import DaskPool
 from lenet_sweep.sweeps.executor import Executor
-from lenet_sweep.sweeps.group import End, ends_of_lost, train_group
+from lenet_sweep.sweeps.group import Outcome, outcomes_of_lost_group, train_group
 from lenet_sweep.sweeps.plan import group_jobs
 from lenet_sweep.tracking.stores import open_store
 
@@ -37,44 +37,47 @@ def launch(
     hydra_context: HydraContext,
     config: DictConfig,
 ) -> list[JobReturn]:
-    """Train every job, each in a folder of its own; with sweep.fail_fast, start none after a failure.
+    """Train every job in its own folder; with sweep.fail_fast, start no job after a failure.
 
-    The configs are those of the sweep's manifest: a YAML file that is edited meanwhile changes no later
-    job, and nothing is composed a second time.
+    The configs come from the manifest of the sweep. So no job is composed a second time, and editing a YAML
+    file while the sweep runs does not change later jobs.
     """
-    specs = _specs(Path(config.hydra.sweep.dir), job_overrides, initial_job_idx)
+    specs = _run_specs(Path(config.hydra.sweep.dir), job_overrides, initial_job_idx)
     jobs = [spec.config for spec in specs]
     executor: Executor = DaskPool()
     hardware = executor.hardware()
     groups = group_jobs(jobs, resources.array_width(jobs, hardware))
     workers = resources.choose_worker_count(jobs, groups, hardware)
-    if workers > 1:  # the longest first, so that none of them is left over at the end
+    if workers > 1:  # longest first, so that the sweep does not end with one worker busy
         groups.sort(key=lambda group: -group.cost)
         progress.say(f"{len(jobs)} runs in {workers} worker processes")
     waves = [[[(i, specs[i]) for i in wave] for wave in group.waves] for group in groups]
-    surround = _InHydra(hydra_context, config, Singleton.get_state())
-    work = functools.partial(train_group, surround, bool(config.sweep.fail_fast))
+    run_job_in_hydra = _HydraJobRunner(hydra_context, config, Singleton.get_state())
+    work = functools.partial(train_group, run_job_in_hydra, bool(config.sweep.fail_fast))
 
     returns = [JobReturn(overrides=list(overrides)) for overrides in job_overrides]
     costs = {specs[i].label: cost for group in groups for i, cost in group.costs.items()}
     with (
         progress.SweepScreen(costs) as screen,
         progress.reporting_to(screen),
-        closing(executor.run(work, waves, workers)) as answers,
+        closing(executor.run(work, waves, workers)) as group_results,
     ):
-        for number, answer in answers:
-            ends = answer if not isinstance(answer, RunFailed) else ends_of_lost(waves[number], answer)
-            for i, end in ends or ():
-                returns[i].status = JobStatus.COMPLETED if isinstance(end, Result) else JobStatus.FAILED
-                returns[i].return_value = end
-            if isinstance(answer, RunFailed):
+        for group_index, group_result in group_results:
+            if isinstance(group_result, RunFailed):
+                outcomes = outcomes_of_lost_group(waves[group_index], group_result)
+            else:
+                outcomes = group_result or []
+            for i, outcome in outcomes:
+                returns[i].status = JobStatus.COMPLETED if isinstance(outcome, Result) else JobStatus.FAILED
+                returns[i].return_value = outcome
+            if isinstance(group_result, RunFailed):
                 preflight.recover(open_store(jobs[0].tracking), progress.say)
-            if config.sweep.fail_fast and any(isinstance(end, LenetSweepError) for _, end in ends or ()):
+            if config.sweep.fail_fast and any(isinstance(o, LenetSweepError) for _, o in outcomes):
                 break
     return returns
 
 
-def _specs(folder: Path, job_overrides: Sequence[Sequence[str]], first: int) -> list[RunSpec]:
+def _run_specs(folder: Path, job_overrides: Sequence[Sequence[str]], first: int) -> list[RunSpec]:
     manifest = read_manifest(folder)
     assert manifest is not None, "the sweeper writes a manifest"
     specs = []
@@ -85,36 +88,39 @@ def _specs(folder: Path, job_overrides: Sequence[Sequence[str]], first: int) -> 
 
 
 @dataclass(frozen=True)
-class _InHydra:
-    """Calls functions as Hydra runs a job, in its folder with .hydra/ and a log; also in a worker process."""
+class _HydraJobRunner:
+    """A `JobRunner` that uses Hydra's `run_job`: it makes the folder, .hydra/ and the log of the job.
+
+    It can be pickled, so it works in worker processes, too.
+    """
 
     context: HydraContext
-    config: DictConfig  # the sweep's
-    state: dict[Any, Any]  # Hydra's singletons, for a new process
+    config: DictConfig  # of the sweep
+    state: dict[Any, Any]  # Hydra's singletons, to be restored in a new process
 
-    def __call__(self, spec: RunSpec, function: Callable[[], Result | None]) -> End | None:
-        """What `function` returned, or the error that it raised."""
+    def __call__(self, spec: RunSpec, function: Callable[[], Result | None]) -> Outcome | None:
+        """Return what `function` returned, or the error that it raised."""
         Singleton.set_state(self.state)
         try:
-            done = run_job(
+            job_return = run_job(
                 task_function=lambda _: function(),
                 config=self._job_config(spec),
                 job_dir_key="hydra.sweep.dir",
                 job_subdir_key="hydra.sweep.subdir",
                 hydra_context=self.context,
             )
-        except OSError as error:  # the folder could not be made
+        except OSError as error:  # the folder could not be created
             return RunFailed(str(error))
-        value = done._return_value
+        value = job_return._return_value
         if isinstance(value, LenetSweepError):
-            return RunFailed(str(value))  # without its traceback, which holds the run's tensors
+            return RunFailed(str(value))  # without its traceback, which keeps the run's tensors alive
         if isinstance(value, Exception):
             log.error("the run failed", exc_info=value)
             return RunFailed(f"{type(value).__name__}: {value}")
         return cast("Result | None", value)
 
     def _job_config(self, spec: RunSpec) -> DictConfig:
-        """What Hydra would compose for this job, made from the sweep's config and the planned values."""
+        """The config that Hydra would compose for this job, from the sweep's config and the manifest."""
         assert spec.job
         job = copy.deepcopy(self.config)
         with flag_override(job, ["struct", "readonly"], False), flag_override(job.hydra, ["readonly"], False):

@@ -1,10 +1,10 @@
-"""The command line: `compare`, `data`, `predict`, `reproduce`, `sync`, `ui` are our own, all else is Hydra's.
+"""The command line: subcommands are in `commands`; Hydra handles every other command.
 
-Hydra composes the config and makes the output folder, and `task` hands both to `run`. Torch and
-mlflow are imported only when a run starts, so that --help, --cfg and completion answer at once.
+Hydra composes the config and makes the output folder, and `task` passes both to `run`. Torch and MLflow are
+imported only when a run starts, so that --help, --cfg and completion are fast.
 
-Exit codes: 0 all well; 1 a run failed; 2 a mistake in the command or config, nothing was started;
-3 `reproduce` found other numbers; 130 interrupted.
+Exit codes: 0 success; 1 a run failed; 2 a mistake in the command or config, nothing was started;
+3 `reproduce` found a difference; 130 interrupted.
 """
 
 import atexit
@@ -37,7 +37,6 @@ from lenet_sweep.paths import conf_dir
 from lenet_sweep.storage.manifest import Job, read_manifest
 
 if TYPE_CHECKING:
-    from lenet_sweep.storage.manifest import Job, read_manifest
     from lenet_sweep.storage.result import Result
 
 
@@ -48,28 +47,30 @@ def main() -> int:
         sys.argv.remove("--debug")
         debug = True
     signal.signal(signal.SIGTERM, commands.raise_interrupt)
-    # Python ends with a search for cycles among all objects, which takes 1.3 s after torch and mlflow; all
-    # the memory goes back to the system anyway.
+    # At exit Python searches all objects for reference cycles, which takes 1.3 s once torch and MLflow are
+    # loaded. Freezing skips that search; the system reclaims the memory anyway.
     atexit.register(gc.freeze)
     try:
         command = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
         if command:
             return command(sys.argv[2:]) or 0
-        _hydra()
+        _run_hydra()
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from where it stopped", file=sys.stderr)
+        print("interrupted; the same command resumes where it stopped", file=sys.stderr)
         return INTERRUPTED
     except (ThroughHydra, LenetSweepError, HydraException, OmegaConfBaseException, OSError) as caught:
-        return _tell(explain(caught.error if isinstance(caught, ThroughHydra) else caught, COMMANDS), debug)
+        error = caught.error if isinstance(caught, ThroughHydra) else caught
+        return _print_error(explain(error, COMMANDS), debug)
     except ValueError as caught:
         if not raised_in_hydra(caught):
             raise
         typed = " ".join(sys.argv[1:])
-        return _tell(ConfigError(f"{typed}: {caught}; a choice is written as model=lenet"), debug)
+        return _print_error(ConfigError(f"{typed}: {caught}; write a choice as in model=lenet"), debug)
     return 0
 
 
-def _tell(error: LenetSweepError, debug: bool) -> int:
+def _print_error(error: LenetSweepError, debug: bool) -> int:
+    """Print the error, with its traceback if `debug`; return its exit code."""
     if debug:
         traceback.print_exc()
     print(f"error: {error}", file=sys.stderr)
@@ -77,7 +78,11 @@ def _tell(error: LenetSweepError, debug: bool) -> int:
 
 
 def task(composed: DictConfig) -> "Result":
-    """One run, or one job of a sweep, in the folder that Hydra made for it."""
+    """Train one run, or one job of a sweep, in the folder that Hydra made for it.
+
+    Raises:
+        ThroughHydra: around a `LenetSweepError` of a single run.
+    """
     from lenet_sweep.runs.run import run
     from lenet_sweep.runs.spec import RunSpec
 
@@ -85,7 +90,7 @@ def task(composed: DictConfig) -> "Result":
     folder = Path(hydra_config.runtime.output_dir)
     overrides = tuple(hydra_config.overrides.task)
     if hydra_config.mode == RunMode.MULTIRUN:
-        config, job = _planned(composed, hydra_config)
+        config, job = _planned_job(composed, hydra_config)
         return run(RunSpec(config, folder, overrides, job))
     try:
         return run(RunSpec(to_config(composed), folder, overrides))
@@ -94,45 +99,46 @@ def task(composed: DictConfig) -> "Result":
 
 
 class RefuseEarly(Callback):
-    """Refuses a single run before Hydra makes a folder for it; a sweep is checked by its sweeper."""
+    """Checks a single run before Hydra makes a folder for it. The sweeper checks the jobs of a sweep."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         from lenet_sweep.runs import preflight
 
         try:
-            own = to_config(config)
-            if own.sweep.dry_run:
-                raise ConfigError("sweep.dry_run=true: plans a sweep, so it needs -m")
+            run_config = to_config(config)
+            if run_config.sweep.dry_run:
+                raise ConfigError("sweep.dry_run=true: needs -m, because only a sweep has a plan")
             if OmegaConf.select(config, "hydra.sweeper.params"):
                 raise ConfigError("this experiment is a sweep, so it needs -m")
-            preflight.check([own], Path(config.hydra.run.dir), print)
+            preflight.check([run_config], Path(config.hydra.run.dir), print)
         except (LenetSweepError, OmegaConfBaseException) as error:
             raise ThroughHydra(error) from error
 
 
-def _hydra() -> None:
-    """Let Hydra read the rest of the command line; its exceptions come through as they are."""
+def _run_hydra() -> None:
+    """Let Hydra handle the command line; its exceptions are raised unchanged."""
     for word in sys.argv[1:]:
         key = word.lstrip("-").partition("=")[0]
         if word.startswith("-") and key in parsing.known_keys():
-            raise ConfigError(f"{word}: values are given without dashes: {key}=VALUE")
-    # argparse takes only overrides that stand together: `lr=0.1,0.2 -m seed=1` would be refused.
+            raise ConfigError(f"{word}: write values without dashes: {key}=VALUE")
+    # Hydra's argparse requires all overrides in a row and would refuse `lr=0.1,0.2 -m seed=1`: flags first.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: bool(re.match(r"[^-].*=|~", word)))
-    given = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's way to raise errors instead of printing them
+    previous = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them
     try:
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(task)()
     finally:
-        if given is None:
+        if previous is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
-            os.environ["HYDRA_FULL_ERROR"] = given
+            os.environ["HYDRA_FULL_ERROR"] = previous
 
 
-def _planned(composed: DictConfig, hydra_config: HydraConf) -> tuple[Config, Job]:
-    """The job's config and its place in the sweep, both from the manifest if our sweeper wrote one.
+def _planned_job(composed: DictConfig, hydra_config: HydraConf) -> tuple[Config, Job]:
+    """The config of a job and its position in the sweep, both from the manifest if our sweeper wrote one.
 
-    Stock launchers compose a job when it starts; a file edited since then must not change it.
+    Hydra's other launchers compose a job when it starts. A YAML file that was edited after the start of the
+    sweep must not change it.
     """
     folder, number = Path(hydra_config.sweep.dir), int(hydra_config.job.num)
     manifest = read_manifest(folder)

@@ -1,4 +1,4 @@
-"""TODO cli.messages."""
+"""From the exceptions of Hydra and OmegaConf to error messages in terms of what the user typed."""
 
 import re
 from collections.abc import Collection
@@ -11,7 +11,11 @@ from lenet_sweep.errors import ConfigError, LenetSweepError, OutputError, sugges
 
 
 class ThroughHydra(BaseException):
-    """Carries an error through Hydra, which would turn it into a warning (callback) or add to it (task)."""
+    """Carries an error unchanged through Hydra.
+
+    Hydra turns an `Exception` of a callback into a warning and adds its own text to one of a task; it does
+    neither to a `BaseException`.
+    """
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -19,7 +23,10 @@ class ThroughHydra(BaseException):
 
 
 def explain(error: Exception, commands: Collection[str]) -> LenetSweepError:
-    """The error in terms of what the user typed; `commands` are the names of the subcommands."""
+    """Convert an error to one whose message refers to what the user typed.
+
+    `commands` are the names of the subcommands, for suggestions. A `LenetSweepError` is returned as it is.
+    """
     if isinstance(error, LenetSweepError):
         return error
     text, cause = str(error), error.__cause__
@@ -27,12 +34,12 @@ def explain(error: Exception, commands: Collection[str]) -> LenetSweepError:
         return _unknown_option(str(error.missing_cfg_file), text)
     if isinstance(error, OverrideParseException) and "=" in error.override:
         return ConfigError(
-            f"{error.override}: is no KEY=VALUE; a value with spaces or signs needs quotes within quotes, "
-            "as in 'data.root=\"~/my data\"'; a list is [A,B]"
+            f"{error.override}: not a valid KEY=VALUE; quote a value with spaces or special "
+            "characters twice, as in 'data.root=\"~/my data\"'; write a list as KEY=[A,B]"
         )
     if isinstance(error, OverrideParseException):
         if error.override in parsing.known_keys():
-            return ConfigError(f"{error.override!r} lacks its value: write {error.override}=VALUE")
+            return ConfigError(f"{error.override!r} needs a value: write {error.override}=VALUE")
         known = {*commands, *parsing.known_keys()}
         return ConfigError(
             f"{error.override!r} is neither a command ({', '.join(commands)}) nor KEY=VALUE."
@@ -40,10 +47,10 @@ def explain(error: Exception, commands: Collection[str]) -> LenetSweepError:
         )
     if ambiguous := re.match(r"Ambiguous value for argument '(.*)'", text):
         return ConfigError(
-            f"{ambiguous[1]}: several values are a sweep, which needs -m; for one list, write KEY=[A,B]"
+            f"{ambiguous[1]}: several values make a sweep, which needs -m; write a single list as KEY=[A,B]"
         )
     if missing := re.match(r"Could not override '(\w+)'\. No match in the defaults list", text):
-        return ConfigError(f"{missing[1]} is chosen with a + in front: +{missing[1]}=NAME")
+        return ConfigError(f"{missing[1]} needs a + in front: +{missing[1]}=NAME")
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
         return parsing.unknown_key(cause.full_key)
     if isinstance(error, OmegaConfBaseException) and error.full_key:
@@ -55,7 +62,7 @@ def explain(error: Exception, commands: Collection[str]) -> LenetSweepError:
 
 
 def raised_in_hydra(error: BaseException) -> bool:
-    """Whether Hydra, not our code, stumbled: it lets some odd overrides through to plain ValueErrors."""
+    """Whether the error was raised by Hydra's code, where some malformed overrides end in a ValueError."""
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
@@ -63,10 +70,10 @@ def raised_in_hydra(error: BaseException) -> bool:
 
 
 def _unknown_option(path: str, text: str) -> ConfigError:
-    """The error for a group's option ('model/sigmod') that there is no file for."""
+    """The error for an option of a group, such as 'model/sigmod', that has no file in conf/."""
     group, _, option = path.rpartition("/")
     options = re.findall(r"^\t(?!provider=)(.+)$", text, re.MULTILINE)
     if not group or not options:
-        return ConfigError(f"there is no config {path!r}; python -m lenet_sweep --help lists what there is")
+        return ConfigError(f"there is no config {path!r}; python -m lenet_sweep --help lists all choices")
     hint = suggestion(option, set(options))
     return ConfigError(f"there is no {group}={option}.{hint}\nOptions of {group}: {', '.join(options)}.")

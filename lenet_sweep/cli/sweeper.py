@@ -1,4 +1,4 @@
-"""A sweep from its command line to its table: list the jobs, check them all, plan, launch, report."""
+"""The core of our Hydra sweeper: expand the jobs of a sweep, check them all, plan, launch, report."""
 
 import shlex
 import sys
@@ -21,10 +21,10 @@ from lenet_sweep.sweeps.summary import print_plan, report_sweep, to_manifest
 def sweep(
     arguments: list[str], *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
 ) -> list[list[JobReturn]]:
-    """Run every job that `arguments` span and that is not finished, with the launcher that the config names.
+    """Expand `arguments` to jobs and launch those that are not finished, with the launcher of the config.
 
     Raises:
-        ConfigError, DataError, DeviceError, OutputError, TrackingError: nothing was started.
+        ConfigError, DataError, DeviceError, OutputError, TrackingError: before any job was started.
         RunFailed: at the end, if any run failed.
     """
     composer = Composer(hydra_context, config)
@@ -32,7 +32,9 @@ def sweep(
     if not configured:
         raise ConfigError(f"{' '.join(arguments)}: contains no runs")
     if config.hydra.sweep._get_node("subdir")._value() != "${hydra.job.num}":
-        raise ConfigError("hydra.sweep.subdir: is fixed, so that no two runs of a sweep share a folder")
+        raise ConfigError(
+            "hydra.sweep.subdir: cannot be changed, so that no two runs of a sweep share a folder"
+        )
     sweep_config = configured[0][1].sweep
     if sweep_config.dry_run:
         print_plan(plan.make_plan(configured))
@@ -45,7 +47,7 @@ def sweep(
     if len(missing) < len(planned):
         print(f"{len(planned) - len(missing)} of {len(planned)} runs are finished already")
     returns: list[list[JobReturn]] = []
-    if missing:  # if that is refused, the folder is another sweep's and must not be touched
+    if missing:  # write_manifest refuses the folder of another sweep before anything in it is changed
         command = shlex.join(["python", "-m", "lenet_sweep", *sys.argv[1:]])
         write_manifest(folder, to_manifest(command, planned, missing))
         write_atomic(folder / "multirun.yaml", OmegaConf.to_yaml(config))
@@ -56,6 +58,6 @@ def sweep(
             )
             returns.append(list(launcher.launch([list(job.overrides) for job in missing], initial_job_idx=0)))
     finally:
-        # Also after Ctrl-C, or when the launcher itself broke.
+        # Also after Ctrl-C and after an error in the launcher itself.
         report_sweep(planned, missing, folder, [job._return_value for jobs in returns for job in jobs])
     return returns

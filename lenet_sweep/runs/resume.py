@@ -15,13 +15,11 @@ from lenet_sweep.runs.spec import RunSpec
 from lenet_sweep.storage import checkpoint, fingerprint, run_index
 from lenet_sweep.storage.metrics_file import EpochRecord
 from lenet_sweep.storage.result import Result, read_result
-from lenet_sweep.storage.run_index import Entry
+from lenet_sweep.storage.run_index import CHECKPOINT, Entry
 from lenet_sweep.tracking.stores import open_store
 from lenet_sweep.training.state import TrainingState
 
 log = logging.getLogger(__name__)
-
-CHECKPOINT = "checkpoint.safetensors"
 
 
 def claimed(spec: RunSpec) -> contextlib.AbstractContextManager[None]:

@@ -17,7 +17,7 @@ from lenet_sweep.shapes import CLASSES, IMAGE_SHAPE
 from lenet_sweep.storage import checkpoint, fingerprint, run_index
 from lenet_sweep.storage.metrics_file import EpochRecord
 from lenet_sweep.storage.result import Result, Status, write_result
-from lenet_sweep.storage.run_index import Entry
+from lenet_sweep.storage.run_index import CHECKPOINT, Entry
 from lenet_sweep.tracking.base import RunLogger
 from lenet_sweep.tracking.stores import open_store
 from lenet_sweep.training import devices
@@ -79,7 +79,7 @@ class RunSession:
         # From here on an interrupted run is found, with its checkpoint, in the new folder.
         run_index.add(spec.config_hash, Entry(spec.folder, store.name, logger.run_id))
         if previous and previous.folder.absolute() != spec.folder.absolute():
-            (previous.folder / resume.CHECKPOINT).unlink(missing_ok=True)
+            (previous.folder / CHECKPOINT).unlink(missing_ok=True)
         session = cls(spec, state, records, trajectory, logger)
         try:
             session._open_metrics_file()
@@ -106,7 +106,7 @@ class RunSession:
         self.records.append(EpochRecord.now(metrics, self.records))
         # The checkpoint comes first: a resumed run must know every epoch that was tracked.
         checkpoint.save(
-            self.spec.folder / resume.CHECKPOINT,
+            self.spec.folder / CHECKPOINT,
             self.state.network,
             self.state.optimizer,
             self.state.schedule,
@@ -194,7 +194,7 @@ class RunSession:
         """Let longer runs of this trajectory resume from the finished run's state."""
         with contextlib.suppress(OSError):  # a full disk only costs a longer run its head start
             if fingerprint.depends_on_epochs(self.spec.config):
-                (self.spec.folder / resume.CHECKPOINT).unlink(missing_ok=True)
+                (self.spec.folder / CHECKPOINT).unlink(missing_ok=True)
             else:
                 entry = Entry(self.spec.folder, None, None)
                 run_index.add_trajectory(self._trajectory, self.spec.config.epochs, entry)

@@ -24,6 +24,7 @@ from lenet_sweep.paths import lock_file, write_atomic
 from lenet_sweep.storage.result import Result, read_result
 
 INDEX = Path("outputs") / ".ledger"  # below the folder that the command is run in
+CHECKPOINT = "checkpoint.safetensors"  # in a run's folder: its state after the last whole epoch
 
 
 @dataclass(frozen=True)

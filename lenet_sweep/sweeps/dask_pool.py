@@ -1,8 +1,8 @@
-"""The executor for this machine: Dask Distributed's local workers, or the calling process alone.
+"""The executor for one machine: local workers of Dask Distributed, or the calling process alone.
 
-A worker process stays alive from group to group, so it imports torch once; its datasets are mapped from
-files that all workers share. Everything is bound to loopback and encrypted with keys that only these
-processes have, because whoever can connect to Dask's scheduler can run code.
+A worker process trains one group after the other, so it imports torch once. Its datasets are mapped from
+files that all workers share. Anyone who can connect to Dask's scheduler can run code, so every port is bound
+to loopback, and connections are encrypted with temporary keys.
 """
 
 import contextlib
@@ -18,53 +18,53 @@ from typing import TYPE_CHECKING, Any
 from lenet_sweep.errors import RunFailed
 from lenet_sweep.runs import hardware, progress
 from lenet_sweep.runs.hardware import Hardware
-from lenet_sweep.sweeps.executor import Answers, S, T, run_serial
+from lenet_sweep.sweeps.executor import GroupResults, S, T, run_serial
 
 if TYPE_CHECKING:
     from distributed import Client, Worker
     from distributed.client import Future
 
 
-_TOPIC = "lenet_sweep"
-_PATIENCE_S = 30  # for runs to save their state after Ctrl-C
-_THREADS = "distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS"
-_SETTINGS: dict[str, Any] = {
+_REPORT_TOPIC = "lenet_sweep"
+_INTERRUPT_TIMEOUT_S = 30  # for runs to save their state after Ctrl-C
+_OMP_THREADS_KEY = "distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS"
+_DASK_CONFIG: dict[str, Any] = {
     "distributed.scheduler.allowed-failures": 1,
     "distributed.scheduler.worker-ttl": None,
     "distributed.worker.use-file-locking": False,
-    # Dask always opens a port for web pages; with nothing behind it nobody can be shown anything.
+    # Dask always opens a port for its web pages. Without routes that port serves nothing.
     "distributed.scheduler.http.routes": [],
     "distributed.worker.http.routes": [],
 }
 
 
 class DaskPool:
-    """Implements `Executor` on this machine; one worker is the calling process itself."""
+    """An `Executor` on this machine. With one worker, groups are trained in the calling process."""
 
     def hardware(self) -> Hardware:
         return hardware.here()
 
-    def run(self, work: Callable[[S], T], groups: Sequence[S], workers: int) -> Answers[T]:
+    def run(self, work: Callable[[S], T], groups: Sequence[S], workers: int) -> GroupResults[T]:
         return run_parallel(work, groups, workers) if workers > 1 else run_serial(work, groups)
 
 
-def run_parallel(work: Callable[[S], T], groups: Sequence[S], workers: int) -> Answers[T]:
-    """Call `work` for each group, in order, in `workers` processes; yield its index and answer.
+def run_parallel(work: Callable[[S], T], groups: Sequence[S], workers: int) -> GroupResults[T]:
+    """Call `work` for each group, in order, in `workers` processes; yield its index and result.
 
-    A group whose worker dies is tried once more, by the worker that replaces it; a `RunFailed` stands
-    for one whose second worker died too.
+    A group whose worker process dies is tried once more, in a new process. If that dies, too, the result of
+    the group is a `RunFailed`.
     """
     from distributed import as_completed
     from distributed.scheduler import KilledWorker
 
-    waiting = iter(enumerate(groups))
-    with _client(workers) as client:
+    remaining = iter(enumerate(groups))
+    with _start_workers(workers) as client:
         indices: dict[Future[Any], int] = {}
         running = as_completed(loop=client.loop)
 
         def submit_next() -> None:
-            for i, group in waiting:
-                future = client.submit(_work, work, group, key=f"group {i}", retries=0, pure=False)
+            for i, group in remaining:
+                future = client.submit(_train_group, work, group, key=f"group {i}", retries=0, pure=False)
                 indices[future] = i
                 running.add(future)
                 return
@@ -84,22 +84,23 @@ def run_parallel(work: Callable[[S], T], groups: Sequence[S], workers: int) -> A
             indices.clear()
             raise
         finally:
-            for future in indices:  # those that had begun when the consumer stopped
+            for future in indices:  # groups that had started when the consumer stopped are still finished
                 future.exception()
 
 
 @contextlib.contextmanager
-def _client(count: int) -> "Iterator[Client]":
-    """A client of `count` workers on this machine, which end with the block."""
+def _start_workers(count: int) -> "Iterator[Client]":
+    """Start `count` worker processes and give a client for them; they end with the block."""
     import dask
     from distributed import Client, LocalCluster
     from distributed.security import Security
 
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what went wrong is told in our words
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # we print our own error messages
     with (
         tempfile.TemporaryDirectory(prefix="lenet_sweep-") as scratch,
         dask.config.set(
-            _SETTINGS | {"temporary-directory": scratch, _THREADS: max(1, hardware.cores() // count)}
+            _DASK_CONFIG
+            | {"temporary-directory": scratch, _OMP_THREADS_KEY: max(1, hardware.cores() // count)}
         ),
         LocalCluster(
             n_workers=count,
@@ -107,54 +108,54 @@ def _client(count: int) -> "Iterator[Client]":
             host="127.0.0.1",
             dashboard_address="127.0.0.1:0",
             scheduler_kwargs={"dashboard": False},
-            memory_limit=0,  # none: a run that needs much is not paused or killed for it
+            memory_limit=0,  # no limit: Dask must not pause or kill a run because of its memory
             security=Security.temporary(),
             silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
-        client.register_worker_callbacks(_ignore_interrupts)  # of the workers to come, too
-        client.subscribe_topic(_TOPIC, _forward)
+        client.register_worker_callbacks(_ignore_interrupts)  # also in workers that are started later
+        client.subscribe_topic(_REPORT_TOPIC, _forward)
         yield client
 
 
 def _interrupt(client: "Client", running: "list[Future[Any]]") -> None:
-    """Have all runs save their state; a second Ctrl-C ends the waiting for that."""
-    client.run(_stop)
-    deadline = time.monotonic() + _PATIENCE_S
+    """Stop all runs and wait until they have saved their state; a second Ctrl-C ends the wait."""
+    client.run(_request_stop)
+    deadline = time.monotonic() + _INTERRUPT_TIMEOUT_S
     for future in running:
         with contextlib.suppress(TimeoutError):
             future.exception(timeout=max(0.0, deadline - time.monotonic()))
 
 
 def _forward(event: tuple[float, dict[str, Any]]) -> None:
-    """Pass what a run in a worker reported to this process's reporter."""
+    """Call the reporter of this process with what a run in a worker reported."""
     _, message = event
     getattr(progress.current(), message["method"])(*message["arguments"])
 
 
-# What follows runs in a worker process.
+# ---------------------------------------------------------------- what runs in the worker processes
 
-_stopping = threading.Event()
+_stop_requested = threading.Event()
 
 
 def _ignore_interrupts() -> None:
-    """A terminal sends Ctrl-C to all its processes; what is to end here says `_stop`."""
+    """Ignore Ctrl-C, which a terminal sends to all its processes; the sweep calls `_request_stop` instead."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _stop() -> None:
-    _stopping.set()
+def _request_stop() -> None:
+    _stop_requested.set()
 
 
-def _work(work: Callable[[S], T], group: S) -> T | None:
-    """Train a group; None if it was interrupted."""
+def _train_group(work: Callable[[S], T], group: S) -> T | None:
+    """Call `work` for a group; return None if it was interrupted."""
     from distributed import get_worker
 
     from lenet_sweep.training import devices
 
     worker = get_worker()
-    devices.prefer_gpu(_number(worker.name))
+    devices.prefer_gpu(_worker_number(worker.name))
     with progress.reporting_to(_RemoteReporter(worker)):
         try:
             return work(group)
@@ -162,14 +163,14 @@ def _work(work: Callable[[S], T], group: S) -> T | None:
             return None
 
 
-def _number(worker_name: object) -> int:
-    """The number of a worker among others: Dask's local workers are called 0, other clusters' pool-0."""
+def _worker_number(worker_name: object) -> int:
+    """The number at the end of a worker's name: 0 for Dask's first local worker, pool-0 in other clusters."""
     number = re.search(r"\d+$", str(worker_name))
     return int(number[0]) if number else 0
 
 
 class _RemoteReporter:
-    """The reporter in a worker: sends everything to the process that the sweep was started in."""
+    """A `Reporter` in a worker: sends every call to the process that started the sweep."""
 
     def __init__(self, worker: "Worker") -> None:
         self._worker = worker
@@ -182,7 +183,7 @@ class _RemoteReporter:
 
     def progress(self, run: str, epoch: float, epochs: int, numbers: str) -> None:
         self._send("progress", run, epoch, epochs, numbers)
-        if _stopping.is_set():  # every run reports several times an epoch, so it ends soon
+        if _stop_requested.is_set():  # every run calls this several times an epoch, so it stops soon
             raise KeyboardInterrupt
 
     def stopped(self, run: str) -> None:
@@ -192,4 +193,4 @@ class _RemoteReporter:
         self._send("job_done", run, failed)
 
     def _send(self, method: str, *arguments: object) -> None:
-        self._worker.log_event(_TOPIC, {"method": method, "arguments": arguments})
+        self._worker.log_event(_REPORT_TOPIC, {"method": method, "arguments": arguments})

@@ -1,7 +1,6 @@
-"""Where the groups of a sweep are trained: the protocol, and the executor that a config asks for.
+"""The protocol of an executor, which trains the groups of a sweep, and the serial implementation.
 
-Nothing above this protocol assumes one host: what there is to train with is asked of the executor, which
-counts it where the work runs.
+Callers do not assume that work runs on this host: `Executor.hardware` describes the host where it does.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -12,24 +11,24 @@ from lenet_sweep.runs.hardware import Hardware
 
 T = TypeVar("T")
 S = TypeVar("S")
-Answers = Generator[tuple[int, T | RunFailed], None, None]  # each group's index, and what came of it
+GroupResults = Generator[tuple[int, T | RunFailed], None, None]  # yields (index of a group, its result)
 
 
 class Executor(Protocol):
-    """Trains groups of jobs in this process or in others."""
+    """Trains groups of jobs, in this process or in others."""
 
     def hardware(self) -> Hardware:
-        """What one host has to train with, counted where the work runs."""
+        """The CPU cores, GPUs and memory of one host on which the work runs."""
 
-    def run(self, work: Callable[[S], T], groups: Sequence[S], workers: int) -> Answers[T]:
-        """Call `work` for each group, in order, with `workers` processes; yield its index and answer.
+    def run(self, work: Callable[[S], T], groups: Sequence[S], workers: int) -> GroupResults[T]:
+        """Call `work` for each group, in order, with `workers` processes; yield its index and result.
 
-        A `RunFailed` stands for the answer of a group whose process died. When the consumer stops early,
-        groups that have begun are still finished. Ctrl-C ends them at once; a run then saves its state.
+        The result of a group whose process died is a `RunFailed`. If the consumer stops early, groups that
+        have started are still finished. Ctrl-C interrupts them, and their runs save their state.
         """
 
 
-def run_serial(work: Callable[[S], T], groups: Sequence[S]) -> Answers[T]:
-    """Call `work` for one group after the other in this process."""
+def run_serial(work: Callable[[S], T], groups: Sequence[S]) -> GroupResults[T]:
+    """Call `work` for one group after the other in this process; yield its index and result."""
     for i, group in enumerate(groups):
         yield i, work(group)

@@ -1,4 +1,4 @@
-"""How many workers a sweep is worth, and how many runs an array, given what there is to train with."""
+"""How many worker processes a sweep uses, and how many runs form one array, on given hardware."""
 
 import heapq
 from collections.abc import Sequence
@@ -10,23 +10,23 @@ from lenet_sweep.shapes import CLASSES, IMAGE_SHAPE
 from lenet_sweep.sweeps.plan import JobGroup
 from lenet_sweep.training import compiler
 
-_WORKER_BYTES = 2 << 30  # what a worker needs at most: torch, mlflow, and a run
-_CORE_FLOPS = 1e11  # of the native backend, a second and core
-_SERIAL_SHARE = 0.08  # of a step: what one thread does while the others wait
-_JOB_S = 0.25  # the overhead of a job beyond its training, on one core
-_START_S = 10.0  # until workers have begun, slow first calls included
+_WORKER_BYTES = 2 << 30  # upper bound for a worker: torch, MLflow and a run
+_CORE_FLOPS = 1e11  # of the native backend on one core, per second
+_SERIAL_SHARE = 0.08  # fraction of a step in which one thread works and the others wait
+_JOB_S = 0.25  # overhead of a job beyond its training, on one core
+_START_S = 10.0  # start of the workers, including their slow first calls
 
 
 def choose_worker_count(jobs: Sequence[Config], groups: Sequence[JobGroup], hardware: Hardware) -> int:
-    """The number of worker processes for these groups; 1 stands for the calling process alone.
+    """The number of worker processes for these groups; 1 means the calling process alone.
 
-    One worker a GPU, if there are GPUs. Otherwise the number with the shortest estimated makespan: more
-    workers leave fewer threads to each, and cores idle when only long groups are left. The torch backend's
-    results depend on its threads, so with `threads=auto` it runs serially on all of them.
+    One worker per GPU, if there are GPUs. Otherwise the number with the shortest estimated makespan: with
+    more workers each has fewer threads, and cores are idle while the last long groups are trained. Results of
+    the torch backend depend on its threads, so with `threads=auto` it runs serially on all of them.
     """
-    asked = jobs[0].sweep.workers
-    if isinstance(asked, int):
-        return min(asked, len(groups))
+    configured = jobs[0].sweep.workers
+    if isinstance(configured, int):
+        return min(configured, len(groups))
     if any(hardware.trains_on_gpu(job) for job in jobs):
         return max(1, min(hardware.gpus, len(groups)))
     if any(
@@ -40,7 +40,7 @@ def choose_worker_count(jobs: Sequence[Config], groups: Sequence[JobGroup], hard
 
 
 def array_width(jobs: Sequence[Config], hardware: Hardware) -> int:
-    """How many trajectories may form one array; how many fit in a GPU's memory is found out there."""
+    """The largest number of trajectories in one array; `runs.array` also limits it to the GPU's memory."""
     fuse = jobs[0].sweep.fuse
     if isinstance(fuse, int):
         return fuse
@@ -50,7 +50,10 @@ def array_width(jobs: Sequence[Config], hardware: Hardware) -> int:
 
 
 def _makespan_s(jobs: Sequence[Config], groups: Sequence[JobGroup], count: int, cores: int) -> float:
-    """The estimated time of `count` workers, the longest group first (Graham 1969), in seconds."""
+    """The estimated time of `count` workers in seconds, the longest group first.
+
+    Source: Graham, "Bounds on multiprocessing timing anomalies", SIAM J. Appl. Math. 17, 1969.
+    """
     done_s = [0.0 if count == 1 else _START_S] * count
     for seconds in sorted((_group_s(jobs, group, cores // count) for group in groups), reverse=True):
         heapq.heapreplace(done_s, done_s[0] + seconds)
@@ -58,7 +61,7 @@ def _makespan_s(jobs: Sequence[Config], groups: Sequence[JobGroup], count: int, 
 
 
 def _group_s(jobs: Sequence[Config], group: JobGroup, threads: int) -> float:
-    """The estimated time of a group in seconds, if jobs with `threads=auto` have `threads` threads."""
+    """The estimated time of a group in seconds; jobs with `threads=auto` use `threads` threads."""
     seconds = 0.0
     for i, epochs in group.costs.items():
         job = jobs[i]
