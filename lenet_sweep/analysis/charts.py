@@ -6,12 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lenet_sweep.analysis.comparison import Comparison, Setting, level, short
+from lenet_sweep.inspection.colours import COLOURS
 from lenet_sweep.storage.records import Record
 
-# Okabe and Ito 2008, without black and yellow: told apart by all, on white and on black. After one
-# round the line's dashes change.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
-DASHES = ("solid", "dash", "dot", "dashdot")
+DASHES = ("solid", "dash", "dot", "dashdot")  # one for each round of colours
 
 FACETS = 4  # heatmaps beside each other; with more choices than that they are averaged
 

@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 from lenet_sweep.analysis import charts, comparison, tables
 from lenet_sweep.analysis.comparison import Comparison, Setting
 from lenet_sweep.analysis.selection import Selection
+from lenet_sweep.inspection.colours import rgb
 from lenet_sweep.paths import write_atomic
 from lenet_sweep.storage.records import MORE_IS_BETTER
 
@@ -215,7 +216,7 @@ def _band(number: int, line: charts.Curve) -> Spec:
     """One standard deviation to both sides: along the upper edge, and back along the lower one."""
     upper = [m + s for m, s in zip(line.mean, line.sd, strict=True)]
     lower = [m - s for m, s in zip(line.mean, line.sd, strict=True)]
-    red, green, blue = bytes.fromhex(charts.style(number)[0][1:])
+    red, green, blue = rgb(charts.style(number)[0])
     return {
         "group": number,
         "x": [*line.epochs, *reversed(line.epochs)],

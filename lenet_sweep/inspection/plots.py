@@ -16,11 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lenet_sweep.inspection.activations import ActivationStats, ConfidentError
+from lenet_sweep.inspection.colours import BLUE, GREEN, PURPLE, VERMILION, rgb
 from lenet_sweep.paths import atomic_path
 from lenet_sweep.training.metrics import EpochMetrics
-
-# Okabe and Ito 2008: told apart by people with any kind of colour vision.
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 
 def curves(history: Sequence[EpochMetrics], title: str, path: Path) -> None:
@@ -33,7 +31,7 @@ def curves(history: Sequence[EpochMetrics], title: str, path: Path) -> None:
     figure.subplots_adjust(left=0.1, right=0.97, bottom=0.12, top=0.92)
     axes = figure.add_subplot()
     axes.plot(x, [point.train_loss for point in points], color=BLUE, label="train loss")
-    axes.plot(x, [point.train_acc for point in points], "--", color=ORANGE, label="train acc")
+    axes.plot(x, [point.train_acc for point in points], "--", color=VERMILION, label="train acc")
     axes.plot(epochs, [m.test_acc for m in history], "-.o", ms=3, color=GREEN, label="test acc")
     if history and history[0].val_acc is not None:
         val_acc = [m.val_acc if m.val_acc is not None else float("nan") for m in history]
@@ -121,7 +119,7 @@ def errors(found: Sequence[ConfidentError], class_names: Sequence[str], path: Pa
         canvas.paste(_tile(_grey(mistake.image_HW.numpy() / 255), side), (x, y))
         draw.text((x, y + side + 2), class_names[mistake.label], GREEN, _FONT)
         taken_for = f"{class_names[mistake.predicted]} {mistake.probability:.2f}"
-        draw.text((x, y + side + 18), taken_for, ORANGE, _FONT)
+        draw.text((x, y + side + 18), taken_for, VERMILION, _FONT)
     _save_picture(canvas, path)
 
 
@@ -155,7 +153,7 @@ def _distributions(axes: Axes, values: Sequence[Tensor], low: float, high: float
     axes.grid(alpha=0.3)
 
 
-_LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"), ("black", "-"))
+_LINES = ((BLUE, "-"), (VERMILION, "--"), (GREEN, "-."), (PURPLE, ":"), ("black", "-"))
 _DARKEST = (0x08, 0x30, 0x6B)  # of a confusion matrix
 _MAPS = 16  # of a layer's channels that are shown
 _FONT = ImageFont.load_default(13)
@@ -167,8 +165,8 @@ def _grey(values_HW: np.ndarray) -> np.ndarray:
 
 
 def _diverging(values_HW: np.ndarray) -> np.ndarray:
-    """-1 blue, 0 white, 1 orange."""
-    ends = np.array([[0x00, 0x72, 0xB2], [0xD5, 0x5E, 0x00]], dtype=np.float64)
+    """-1 blue, 0 white, 1 vermilion."""
+    ends = np.array([rgb(BLUE), rgb(VERMILION)], dtype=np.float64)
     strength = np.abs(values_HW)[..., None]
     pixels: np.ndarray = 255 + strength * (ends[(values_HW > 0).astype(int)] - 255)
     return pixels.astype(np.uint8)
