@@ -181,27 +181,27 @@ def fate(run: Record) -> str:
     return f"{status}, {run.reason}" if run.reason else status
 
 
-def prediction_table(found: Sequence["Prediction"]) -> Table:
-    """A row for each picture: the three likeliest classes with their probabilities."""
+def prediction_table(predictions: Sequence["Prediction"]) -> Table:
+    """A row for each image: the three most likely classes and their probabilities."""
     table = Table()
-    for heading in ("picture", "class", "p", "second", "p", "third", "p"):
+    for heading in ("image", "class", "p", "second", "p", "third", "p"):
         table.add_column(heading, justify="right" if heading == "p" else "left")
-    for prediction in found:
-        cells = [cell for name, p in prediction.classes[:3] for cell in (name, f"{p:.3f}")]
-        table.add_row(plain(str(prediction.path)), *cells)
+    for prediction in predictions:
+        top = [cell for name, p in prediction.classes[:3] for cell in (name, f"{p:.3f}")]
+        table.add_row(plain(str(prediction.path)), *top)
     return table
 
 
-def activation_table(found: Sequence["ActivationStats"]) -> Table:
-    """A row for each kind of picture: the mean activation of every layer, and how sure the network is."""
-    table = Table(title="mean activations", title_justify="left")
-    table.add_column("pictures")
-    for layer in found[0].values:
+def activation_table(stats: Sequence["ActivationStats"]) -> Table:
+    """A row for each kind of image: the mean activation of every layer, and the mean confidence."""
+    table = Table(title="mean activations and confidence", title_justify="left")
+    table.add_column("images")
+    for layer in stats[0].values:
         table.add_column(layer, justify="right")
-    table.add_column("sure", justify="right")
-    for reaction in found:
-        means = [f"{reaction.mean(layer):.3f}" for layer in reaction.values]
-        table.add_row(reaction.kind, *means, f"{float(reaction.surest.mean()):.3f}")
+    table.add_column("confidence", justify="right")
+    for kind in stats:
+        means = [f"{kind.mean(layer):.3f}" for layer in kind.values]
+        table.add_row(kind.kind, *means, f"{float(kind.confidence_N.mean()):.3f}")
     return table
 
 
