@@ -8,7 +8,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from benchmarks.rungs import Ladder, Rung, flops
-from lenet_sweep.analysis import charts
+from lenet_sweep.inspection.colours import COLOURS
 
 WIDTH = 8  # inches; 100 points per inch on a page 800 points wide
 
@@ -26,7 +26,7 @@ def draw(ladder: Ladder, machine: dict[str, Any]) -> Figure:
             [median - min(rungs[place].rates) for place, median in zip(places, medians, strict=True)],
             [max(rungs[place].rates) - median for place, median in zip(places, medians, strict=True)],
         ]
-        drawn = axes.barh(places, medians, xerr=ends, color=charts.COLOURS[number], label=group,
+        drawn = axes.barh(places, medians, xerr=ends, color=COLOURS[number], label=group,
                           error_kw={"capsize": 2.5, "elinewidth": 1})  # fmt: skip
         axes.bar_label(drawn, [f"{median:,.0f}" for median in medians], padding=4, fontsize=8)
     roof = min(ladder.roof / flops(rung.network) for rung in rungs)

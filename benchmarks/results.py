@@ -92,7 +92,7 @@ def _elsewhere(folder: Path) -> list[str]:
             network = trained.config.model.name
             target = DOCS / "images" / f"{ELSEWHERE}_{network}.png"
             plots.activation_stats(found, f"{network} trained on {trained.config.data.name}", target)
-            sure = [f"{float(kind.surest.mean()):.2f} ({kind.kind})" for kind in found]
+            sure = [f"{float(kind.confidence_N.mean()):.2f} ({kind.kind})" for kind in found]
             right = f"classifies {run.last('test/acc'):.2f} of the test images correctly"
             parts += [
                 f"**{network}** {right}. Mean confidence: {', '.join(sure)}.",

@@ -69,7 +69,7 @@ def test_report_of_a_sweep_has_the_numbers_computed_from_its_journals(original):
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text)[1])
     charts = {(s["title"], c["title"]): c for s in data["sections"] for c in s["charts"]}
     curves = {t["name"]: t for t in charts["Learning curves", "test/acc"]["traces"] if "name" in t}
-    points = {t["name"]: t for t in charts["Each choice by itself", "lr"]["traces"]}
+    points = {t["name"]: t for t in charts["Single hyperparameters", "lr"]["traces"]}
     found = journals(sweep)
     assert set(curves) == set(points) == {f"lr={lr}" for lr in found}
     for lr, runs in found.items():
@@ -117,7 +117,7 @@ def test_no_name_is_the_latest_sweep_and_has_the_runs_that_were_finished_before(
         }
         assert "the loss became" in done.stdout
         assert [g["final_mean"] for g in settings() if "failed" in g["left_out"]] == [None, None]
-        assert "nothing can be told from the best" in done.stdout
+        assert "needs at least two runs per setting" in done.stdout
 
 
 def test_several_sweeps_are_compared_as_one_and_no_run_counts_twice(compare):

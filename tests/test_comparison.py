@@ -100,7 +100,7 @@ def test_less_loss_is_better_and_more_accuracy():
 def test_one_run_each_tells_nothing_apart_and_says_so():
     found = compare([record(0.1, 0, 0.9), record(0.2, 0, 0.3)], ACC)
     assert [g.verdict for g in found.settings] == ["best", "unknown"]
-    assert "nothing can be told" in "\n".join(comparison.notes(found))
+    assert "needs at least two runs per setting" in "\n".join(comparison.notes(found))
 
 
 def test_collapsed_failed_and_unfinished_runs_are_counted_and_not_averaged():
@@ -116,7 +116,7 @@ def test_collapsed_failed_and_unfinished_runs_are_counted_and_not_averaged():
     ]
     found = compare(runs, ACC)
     assert group(found, 0.1).final.mean == pytest.approx(0.75)
-    assert group(found, 0.1).flags == {
+    assert group(found, 0.1).excluded == {
         "collapsed": 1,
         "failed": 1,
         "unfinished": 2,
@@ -161,7 +161,7 @@ def test_by_takes_short_names_and_names_what_differs_when_it_does_not_know_one()
     assert compare(runs, ACC, ["pool"]).by == ("model.pool",)
     assert compare(runs, ACC, ["model"]).by == ("model.name",)
     assert compare(runs, ACC, ["seed"]).averaged == ("model.pool",)
-    with pytest.raises(ConfigError, match=r"--by pol: .*\nWhat differs between them: model\.pool"):
+    with pytest.raises(ConfigError, match=r"--by pol: .*\nParams that differ between the runs: model\.pool"):
         compare(runs, ACC, ["pol"])
 
 

@@ -154,7 +154,7 @@ def test_hovering_tells_a_number_and_the_legend_takes_a_group_away(tmp_path, bro
 def test_points_of_a_choice_stand_on_their_level_or_beside_each_other_around_it():
     alone = compare(runs(n_lr=3, seeds=1), "test/acc")
     lrs = [setting.key[0] for setting in alone.settings]
-    assert charts.places(alone, "lr") == [sorted(lrs).index(lr) for lr in lrs]
+    assert charts.positions(alone, "lr") == [sorted(lrs).index(lr) for lr in lrs]
 
     longer = [
         replace(
@@ -164,7 +164,7 @@ def test_points_of_a_choice_stand_on_their_level_or_beside_each_other_around_it(
     ]
     both = compare([*runs(seeds=1), *longer], "test/acc")
     by_lr: dict[str, list[float]] = {}
-    for setting, place in zip(both.settings, charts.places(both, "lr"), strict=True):
+    for setting, place in zip(both.settings, charts.positions(both, "lr"), strict=True):
         by_lr.setdefault(setting.key[both.by.index("lr")], []).append(place)
     assert by_lr == {"0.1": [-0.125, 0.125], "0.2": [0.875, 1.125]}
 

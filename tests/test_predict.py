@@ -196,7 +196,7 @@ def test_out_of_distribution_images_are_compared_layer_by_layer(command, trained
     done = command("predict", str(trained), "--ood", "ood.png", f"data.root={data_root}")
     assert done.returncode == 0, done.stderr
     network = predict.load(str(trained), UNTRACKED).network
-    for kind, shown in (("test pictures", examples.images_NCHW), ("inverted", 255 - examples.images_NCHW)):
+    for kind, shown in (("test images", examples.images_NCHW), ("inverted", 255 - examples.images_NCHW)):
         (row,) = [line for line in done.stdout.splitlines() if f"│ {kind} " in line]
         outputs = activations.activations(network, shown)
         means = [float(outputs[f"act{i}"].mean()) for i in range(1, 5)]

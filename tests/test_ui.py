@@ -126,7 +126,7 @@ def test_view_selects_the_latest_sweep_or_the_one_that_is_named(sweep, original)
         assert state["searchFilter"] == f"tags.sweep_id = '{sweep.name}'"
     with pytest.raises(ConfigError, match="neither a folder"):
         mlflow_server.page_address("nonsense", MlflowStore(store(original)))
-    with pytest.raises(ConfigError, match="holds neither"):
+    with pytest.raises(ConfigError, match="contains neither"):
         mlflow_server.page_address(".", MlflowStore(store(original)))
 
 
@@ -215,8 +215,8 @@ def test_port_that_is_taken_is_refused_when_asked_for_and_avoided_otherwise(swee
         monkeypatch.setattr(mlflow_server, "PORT", port)
         monkeypatch.setattr(mlflow_server, "_started", lambda store, port: contextlib.nullcontext(port))
         with mlflow_server._server(MlflowStore(store(original)), None, said.append) as other:
-            assert port < other < port + mlflow_server._OTHERS
-        assert said[0] == f"port {port} is taken by something else"
+            assert port < other < port + mlflow_server._PORTS
+        assert said[0] == f"port {port} is in use by another program"
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_ctrl_c_ends_the_server_and_leaves_nothing_behind(original):
             [sys.executable, "-m", "lenet_sweep", "ui", "--no-browser", "--port", str(port)],
             cwd=original, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
-        assert again.stdout.splitlines() == ["a server of this store is running already", address]
+        assert again.stdout.splitlines() == ["a server for this store is already running", address]
         assert mlflow_client.answers(f"http://127.0.0.1:{port}")
     assert process.returncode == 0
     deadline = time.monotonic() + 5

@@ -1,4 +1,4 @@
-"""Many runs after the fact: selection, statistics, tables, the report, MLflow's pages.
+"""Analysis of recorded runs: selection, statistics, tables, plots, the report, MLflow's pages.
 
 May import: inspection, tracking, storage, training, datasets, config, shapes, errors, paths.
 """

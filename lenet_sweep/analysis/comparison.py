@@ -1,7 +1,7 @@
-"""Which setting is best, and which cannot be told from it: runs grouped over seeds, in numbers.
+"""Compares settings over their seeds: which one is best, and which are not significantly worse.
 
-Knows no store, no table and no picture; SciPy is imported when there is something to compute. A run
-that collapsed, failed or did not end is counted and named, and never averaged over.
+Works on records alone, without a store, a table or a plot. Runs that collapsed, failed or did not finish
+are counted by reason and excluded from all averages. SciPy is imported only when a statistic is computed.
 """
 
 import math
@@ -21,7 +21,10 @@ Verdict = Literal["best", "tied", "worse", "unknown", "none"]
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean, standard deviation and 95 % interval of the mean; one value alone has but a mean."""
+    """Mean, sample standard deviation and 95 % confidence interval of the mean of `n` values.
+
+    The last three are None for a single value.
+    """
 
     n: int
     mean: float
@@ -32,15 +35,15 @@ class Summary:
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that agree in everything that is compared.
+    """Runs with the same values of all keys that are compared.
 
-    `verdict` is about `final`: worse if `p` (against the best, Holm's correction included) is below
-    0.05, tied if not; unknown if one of the two is a single run; none if nothing could be averaged.
+    `verdict` compares `final` with that of the best setting: worse if `p` (corrected by Holm's method) is
+    below 0.05, else tied; unknown if one of the two has a single run; none if no run could be averaged.
     """
 
-    key: tuple[str, ...]  # its values of Comparison.by
+    key: tuple[str, ...]  # the values of Comparison.by
     runs: tuple[Record, ...]
-    counted: tuple[Record, ...]  # those of them that are averaged over
+    counted: tuple[Record, ...]  # the runs that are averaged
     final: Summary | None
     best: Summary | None
     best_epoch: Summary | None
@@ -50,98 +53,101 @@ class Setting:
     verdict: Verdict = "none"
 
     @property
-    def flags(self) -> dict[str, int]:
-        """How many runs were left out, by reason."""
+    def excluded(self) -> dict[str, int]:
+        """The number of runs that are not averaged, by reason."""
         counted = {run.name for run in self.counted}
-        reasons = [_left_out(run) for run in self.runs if run.name not in counted]
+        reasons = [_exclusion_reason(run) for run in self.runs if run.name not in counted]
         return {reason: reasons.count(reason) for reason in sorted(set(reasons))}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All settings, the best first; `constant` is what all runs have in common."""
+    """All settings, best first."""
 
     metric: str
     by: tuple[str, ...]
     settings: tuple[Setting, ...]
-    constant: dict[str, str]
+    constant: dict[str, str]  # the params that all runs share
     averaged: tuple[str, ...]  # keys that differ within settings
-    repeats: int  # runs left out because an equal config is there
+    repeats: int  # runs dropped because another run has the same config
 
     @property
     def runs(self) -> list[Record]:
         return [run for setting in self.settings for run in setting.runs]
 
     def label(self, setting: Setting) -> str:
-        """A setting in words: 'lr=0.1 model=lenet'."""
+        """The setting as overrides: 'lr=0.1 model=lenet'."""
         pairs = zip(self.by, setting.key, strict=True)
         return " ".join(f"{short(key)}={value}" for key, value in pairs) or "all runs"
 
 
-def compare(found: Sequence[Record], metric: str, by: Sequence[str] | None = None) -> Comparison:
-    """Group the runs by the keys `by` (default: every one that differs, but for the seed) and judge them.
+def compare(runs: Sequence[Record], metric: str, by: Sequence[str] | None = None) -> Comparison:
+    """Group the runs into settings by the keys `by`, and rank the settings by `metric`.
+
+    By default these are all keys that differ between the runs, except the seed.
 
     Raises:
-        ConfigError: for an unknown metric or key, or if no run measured the metric.
+        ConfigError: if the metric or a key is unknown, or if no run has the metric.
     """
     check_metric(metric)
-    records = without_repeats(found)
+    records = without_repeats(runs)
     if any(run.ended_well for run in records) and not any(run.history.get(metric) for run in records):
         held_out = "; validation needs data.val_size above 0" if metric.startswith("val/") else ""
-        raise ConfigError(f"--metric {metric}: none of these runs measured it{held_out}")
-    telling = varied(records)
-    keys = tuple(key for key in telling if key != "seed") if by is None else _chosen(by, records)
+        raise ConfigError(f"--metric {metric}: none of these runs has it{held_out}")
+    differing = varied(records)
+    keys = tuple(key for key in differing if key != "seed") if by is None else _resolve_keys(by, records)
     members: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         members.setdefault(tuple(record.params.get(key, "") for key in keys), []).append(record)
-    settings = judged([_group(key, runs, metric) for key, runs in members.items()], metric)
+    settings = rank([_setting(key, group, metric) for key, group in members.items()], metric)
     constant = {
         key: value for key, value in records[0].params.items() if key not in varied(records, all=True)
     }
-    averaged = tuple(key for key in telling if key not in keys and _differs_within(members.values(), key))
-    return Comparison(metric, keys, settings, constant, averaged, len(found) - len(records))
+    averaged = tuple(key for key in differing if key not in keys and _differs_within(members.values(), key))
+    return Comparison(metric, keys, settings, constant, averaged, len(runs) - len(records))
 
 
 def check_metric(metric: str) -> None:
-    """Refuse a metric that no run has.
+    """Check that `metric` is one that runs log.
 
     Raises:
-        ConfigError: naming those there are.
+        ConfigError: if it is not; the message lists all metrics.
     """
     if metric not in MORE_IS_BETTER:
         near = suggestion(metric, set(MORE_IS_BETTER))
-        raise ConfigError(f"there is no metric {metric!r}.{near}\nMetrics: {', '.join(MORE_IS_BETTER)}.")
+        raise ConfigError(f"unknown metric {metric!r}.{near}\nMetrics: {', '.join(MORE_IS_BETTER)}.")
 
 
 def varied(records: Sequence[Record], *, all: bool = False) -> list[str]:
-    """The params that differ between the runs; without `all`, each choice once, by its leading name.
+    """The params that differ between the runs.
 
-    Where `model=lenet,lenet_relu_max` sets activation and pool, `model.name` stands for them; `lr`
-    stands for `optimizer.lr`; where runs are tracked, or data lies, is no choice at all.
+    Without `all`, params that cannot change a result are omitted (`tracking.uri`, `data.root`), and so are
+    those that another one determines: `lr` determines `optimizer.lr`, and `model=lenet,lenet_relu_max`
+    sets activation and pool, so only `model.name` is listed.
     """
     keys = dict.fromkeys(key for record in records for key in record.params)
     differing = [key for key in keys if len({record.params.get(key) for record in records}) > 1]
     if all:
         return differing
-    own = [key for key in differing if not _changes_nothing(key)]
-    if _follows(records, "lr", "optimizer.lr"):
-        own = [key for key in own if key != "optimizer.lr"]
+    relevant = [key for key in differing if not _is_result_free(key)]
+    if _determines(records, "lr", "optimizer.lr"):
+        relevant = [key for key in relevant if key != "optimizer.lr"]
     return [
         key
-        for key in own
+        for key in relevant
         if (name := f"{key.rpartition('.')[0]}.name") == key
-        or name not in own
-        or not _follows(records, name, key)
+        or name not in relevant
+        or not _determines(records, name, key)
     ]
 
 
 def short(key: str) -> str:
-    """A key as one types it: `model` for `model.name`."""
+    """A key as it is typed on the command line: `model` for `model.name`."""
     return key.removesuffix(".name")
 
 
 def level(value: str) -> tuple[float, str]:
-    """A sort key under which '10' comes after '9', and words after numbers."""
+    """A sort key for the values of a param: numbers by size, then words by alphabet."""
     try:
         return float(value), ""
     except ValueError:
@@ -149,11 +155,11 @@ def level(value: str) -> tuple[float, str]:
 
 
 def summarize(values: Sequence[float]) -> Summary | None:
-    """Mean, sample standard deviation and Student's 95 % interval of the mean; None for no values."""
+    """Mean, sample standard deviation and Student's 95 % interval of the mean; None without values."""
     n = len(values)
     if n == 0:
         return None
-    mean = statistics.mean(values)  # exact but for one rounding, as fmean is not: equal runs, equal means
+    mean = statistics.mean(values)  # exact, rounded once; fmean of equal values can depend on their number
     if n == 1:
         return Summary(1, mean, None, None, None)
     from scipy.special import stdtrit
@@ -164,11 +170,10 @@ def summarize(values: Sequence[float]) -> Summary | None:
 
 
 def welch(a: Summary, b: Summary) -> float | None:
-    """The two-sided p of Welch's t-test; None if one of the two is a single value.
+    """The two-sided p-value of Welch's t-test; None if one of the two is a single value.
 
-    Welch, "The generalization of Student's problem when several different population variances are
-    involved", Biometrika 34, 1947: spreads of settings differ (a high lr swings more), so no common
-    variance is assumed.
+    No common variance is assumed, because a high learning rate scatters more. Welch, "The generalization
+    of Student's problem when several different population variances are involved", Biometrika 34, 1947.
     """
     if a.sd is None or b.sd is None:
         return None
@@ -183,26 +188,26 @@ def welch(a: Summary, b: Summary) -> float | None:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """P-values corrected for their number (Holm, Scandinavian Journal of Statistics 6, 1979)."""
+    """P-values corrected for multiple tests (Holm, Scandinavian Journal of Statistics 6, 1979)."""
     order = sorted(range(len(ps)), key=lambda i: ps[i])
     corrected, largest = [0.0] * len(ps), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+    for smaller, i in enumerate(order):  # the number of smaller p-values
+        largest = max(largest, min(1.0, (len(ps) - smaller) * ps[i]))
         corrected[i] = largest
     return corrected
 
 
-def judged(settings: Sequence[Setting], metric: str) -> tuple[Setting, ...]:
-    """The settings in order, the best mean first, each with its verdict.
+def rank(settings: Sequence[Setting], metric: str) -> tuple[Setting, ...]:
+    """The settings sorted by mean, best first, each with its verdict.
 
-    Every setting is tested against the best one (Welch), with Holm's correction for the number of
-    tests. As the best is chosen by the same numbers, "worse" is a little too easily said; more seeds
-    are the cure.
+    Every setting is tested against the best one (Welch's t-test, Holm's correction for the number of
+    tests). The best one is selected by the same numbers, so the test is slightly too liberal: "worse" is
+    found a little too often. More seeds reduce this effect.
     """
     sign = -1 if MORE_IS_BETTER[metric] else 1
     ranked = sorted(
         settings,
-        key=lambda g: (g.final is None, sign * g.final.mean if g.final else 0, [level(v) for v in g.key]),
+        key=lambda s: (s.final is None, sign * s.final.mean if s.final else 0, [level(v) for v in s.key]),
     )
     if not ranked or ranked[0].final is None:
         return tuple(ranked)
@@ -210,12 +215,12 @@ def judged(settings: Sequence[Setting], metric: str) -> tuple[Setting, ...]:
     raw = [welch(best, setting.final) if setting.final else None for setting in ranked[1:]]
     corrected = iter(holm([p for p in raw if p is not None]))
     ps = [None if p is None else next(corrected) for p in raw]
-    others = [replace(g, p=p, verdict=_verdict(g, p)) for g, p in zip(ranked[1:], ps, strict=True)]
+    others = [replace(s, p=p, verdict=_verdict(s, p)) for s, p in zip(ranked[1:], ps, strict=True)]
     return (replace(ranked[0], verdict="best"), *others)
 
 
 def epochs_to(setting: Setting, metric: str, threshold: float) -> list[int | None]:
-    """For each counted run, the first epoch at which the metric is at least as good as `threshold`."""
+    """For each averaged run, the first epoch at which the metric is at least as good as `threshold`."""
     sign = 1 if MORE_IS_BETTER[metric] else -1
     return [
         min((e for e, x in run.history.get(metric, {}).items() if sign * x >= sign * threshold), default=None)
@@ -223,27 +228,34 @@ def epochs_to(setting: Setting, metric: str, threshold: float) -> list[int | Non
     ]
 
 
+def tied_settings(comparison: Comparison) -> str:
+    """How many settings are not significantly worse than the best, in words; '' if there are none."""
+    others = [setting for setting in comparison.settings if setting.final][1:]
+    tied = sum(setting.verdict == "tied" for setting in others)
+    if len(others) == 1:
+        return "The other setting is not significantly worse" if tied else ""
+    return f"{tied} of the {len(others)} others are not significantly worse" if tied else ""
+
+
 def notes(comparison: Comparison) -> list[str]:
-    """What a reader must know before believing the table, a line each."""
+    """What a reader needs to know to interpret the table, one line each."""
     lines = []
     settings = [setting for setting in comparison.settings if setting.final]
-    tied = [setting for setting in settings if setting.verdict == "tied"]
     if len(settings) > 1 and any(setting.verdict == "unknown" for setting in settings):
         lines.append(
-            "With a single run on either side nothing can be told from the best (verdict ?); "
-            "add seeds: seed='range(3)'."
+            "A significance test needs at least two runs per setting (verdict ?); add seeds: seed='range(3)'."
         )
-    if tied:
+    if tied := tied_settings(comparison):
         lines.append(
-            f"{len(tied)} of {len(settings) - 1} others cannot be told from the best "
-            "(~: Welch's t-test, Holm's correction, 5 %); more seeds tell more."
+            f"{tied} than the best (~: Welch's t-test, Holm's correction, 5 %); "
+            "add seeds to detect smaller differences."
         )
     if comparison.averaged:
         lines.append(f"Averaged over {', '.join(map(short, comparison.averaged))}.")
-    if any(setting.flags for setting in settings):
-        lines.append("Runs that were left out count for nothing: a row with some is about those that worked.")
+    if any(setting.excluded for setting in settings):
+        lines.append("Failed and collapsed runs are excluded from the averages.")
     if comparison.repeats:
-        lines.append(f"{comparison.repeats} repeated runs of equal configs are counted once.")
+        lines.append(f"Runs with equal configs are counted once ({comparison.repeats} repeated).")
     if comparison.metric.startswith("test/") and len(settings) > 1:
         lines.append(_test_note(comparison))
     return lines
@@ -253,14 +265,14 @@ def _test_note(comparison: Comparison) -> str:
     metric = comparison.metric.replace("test/", "val/")
     held_out = all(metric in run.history for setting in comparison.settings for run in setting.counted)
     how = (
-        f"these runs held out examples: compare --metric {metric}"
+        f"these runs have validation metrics: compare --metric {metric}"
         if held_out
         else f"hold out examples with data.val_size=5000, then compare --metric {metric}"
     )
-    return f"Chosen on test data, so the best number is too good by a little; {how}."
+    return f"The best setting was selected on test data, so its result is slightly optimistic; {how}."
 
 
-def _group(key: tuple[str, ...], runs: Sequence[Record], metric: str) -> Setting:
+def _setting(key: tuple[str, ...], runs: Sequence[Record], metric: str) -> Setting:
     counted = [run for run in runs if run.ended_well and run.last(metric) is not None]
     bests = [best for run in counted if (best := run.best(metric))]
     return Setting(
@@ -275,7 +287,7 @@ def _group(key: tuple[str, ...], runs: Sequence[Record], metric: str) -> Setting
     )
 
 
-def _left_out(run: Record) -> str:
+def _exclusion_reason(run: Record) -> str:
     if run.status == "FAILED":
         return "failed"
     if run.status != "FINISHED":
@@ -291,13 +303,13 @@ def _verdict(setting: Setting, p: float | None) -> Verdict:
     return "worse" if p < ALPHA else "tied"
 
 
-def _chosen(by: Sequence[str], records: Sequence[Record]) -> tuple[str, ...]:
-    """The params that `by` names; `model` is model.name, `pool` is model.pool."""
+def _resolve_keys(by: Sequence[str], records: Sequence[Record]) -> tuple[str, ...]:
+    """The full names of the params in `by`: model.name for `model`, model.pool for `pool`."""
     known = {key for record in records for key in record.params}
-    return tuple(dict.fromkeys(_key(name, known, records) for name in by))
+    return tuple(dict.fromkeys(_resolve_key(name, known, records) for name in by))
 
 
-def _key(name: str, known: set[str], records: Sequence[Record]) -> str:
+def _resolve_key(name: str, known: set[str], records: Sequence[Record]) -> str:
     if name in known:
         return name
     if f"{name}.name" in known:
@@ -308,22 +320,22 @@ def _key(name: str, known: set[str], records: Sequence[Record]) -> str:
     differ = ", ".join(map(short, varied(records))) or "nothing"
     raise ConfigError(
         f"--by {name}: the runs have no such param.{suggestion(name, known)}\n"
-        f"What differs between them: {differ}."
+        f"Params that differ between the runs: {differ}."
     )
 
 
-def _changes_nothing(key: str) -> bool:
+def _is_result_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in RESULT_FREE if free != "model.name")
 
 
-def _follows(records: Sequence[Record], leader: str, key: str) -> bool:
-    """Whether the value of `leader` decides that of `key`."""
-    pairs = {(record.params.get(leader), record.params.get(key)) for record in records}
+def _determines(records: Sequence[Record], key: str, other: str) -> bool:
+    """Whether runs with the same value of `key` always have the same value of `other`."""
+    pairs = {(record.params.get(key), record.params.get(other)) for record in records}
     return len(pairs) == len({first for first, _ in pairs})
 
 
-def _differs_within(settings: Iterable[Sequence[Record]], key: str) -> bool:
-    return any(len({run.params.get(key) for run in runs}) > 1 for runs in settings)
+def _differs_within(groups: Iterable[Sequence[Record]], key: str) -> bool:
+    return any(len({run.params.get(key) for run in runs}) > 1 for runs in groups)
 
 
 def _present(values: Iterable[float | None]) -> list[float]:

@@ -1,4 +1,4 @@
-"""TODO analysis.export."""
+"""A comparison as Markdown, CSV or JSON, and predictions as JSON."""
 
 import csv
 import json
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 
 def comparison_markdown(comparison: Comparison) -> str:
-    """The answer, what each choice reaches at its best, and the table, in Markdown."""
-    choices = [
-        f"- {short(key)}: {', '.join(_at_best(comparison, key, place))}"
-        for place, key in enumerate(comparison.by)
+    """The answer, the best result for each value of each hyperparameter, the table and its notes."""
+    lists = [
+        f"- {short(key)}: {', '.join(_best_by_value(comparison, index))}"
+        for index, key in enumerate(comparison.by)
         if len(comparison.by) > 1
     ]
-    best = ["Each choice at its best, with the best of the others:", "", *choices, ""] if choices else []
-    headings = [*map(short, comparison.by), *HEADINGS]
+    best = ["Best result for each value of each hyperparameter:", "", *lists, ""] if lists else []
+    # Seconds depend on the machine and its load, so they are omitted from documents.
+    shown = [heading for heading in HEADINGS if heading != "seconds"]
+    headings = [*map(short, comparison.by or ("",)), *shown]
     rows = [
         headings,
         ["---"] * len(headings),
-        *(tables.cells(comparison, setting) for setting in comparison.settings),
+        *(tables.cells(comparison, setting, shown) for setting in comparison.settings),
     ]
-    seconds = headings.index("seconds")  # of a machine, at a time: nothing for a document
-    rows = [row[:seconds] + row[seconds + 1 :] for row in rows]
     table = [f"| {' | '.join(map(_markdown, row))} |" for row in rows]
     return (
         "\n".join([tables.answer(comparison), "", *best, *table, "", *tables.comparison_lines(comparison)])
@@ -40,23 +40,23 @@ def comparison_markdown(comparison: Comparison) -> str:
     )
 
 
-def _at_best(comparison: Comparison, key: str, place: int) -> list[str]:
-    """For each value of a key, the best that any setting with it reached, the best first."""
-    firsts = {setting.key[place]: setting for setting in reversed(comparison.settings) if setting.final}
-    ranked = [setting for setting in comparison.settings if firsts.get(setting.key[place]) is setting]
+def _best_by_value(comparison: Comparison, index: int) -> list[str]:
+    """For each value of the param `comparison.by[index]` the best result of its settings, best first."""
+    firsts = {setting.key[index]: setting for setting in reversed(comparison.settings) if setting.final}
+    ranked = [setting for setting in comparison.settings if firsts.get(setting.key[index]) is setting]
     return [
-        f"**{_markdown(setting.key[place])}** {tables.spread(setting.final, tables.digits(comparison))}"
+        f"**{_markdown(setting.key[index])}** {tables.spread(setting.final, tables.digits(comparison))}"
         for setting in ranked
     ]
 
 
 def _markdown(text: str) -> str:
-    """Text from a store in a cell: nothing in it is markup."""
+    """Text from a store for a cell, with all markup escaped."""
     return re.sub(r"([\\`*_{}\[\]<>|#!])", r"\\\1", tables.plain(text).plain)
 
 
 def rows(comparison: Comparison) -> list[dict[str, Any]]:
-    """A flat dict for every setting, with full precision: what CSV and JSON hold."""
+    """A flat dict for every setting, with full precision, as CSV and JSON contain them."""
     return [
         {
             **dict(zip(comparison.by, setting.key, strict=True)),
@@ -69,14 +69,14 @@ def rows(comparison: Comparison) -> list[dict[str, Any]]:
             "verdict": setting.verdict,
             **_columns("seconds", setting.seconds),
             **_columns("examples_per_s", setting.examples_per_s),
-            "left_out": "; ".join(f"{n} {reason}" for reason, n in setting.flags.items()),
+            "left_out": "; ".join(f"{n} {reason}" for reason, n in setting.excluded.items()),
         }
         for setting in comparison.settings
     ]
 
 
 def write_csv(comparison: Comparison, path: Path) -> None:
-    """Write a line for every setting."""
+    """Write one line for every setting."""
     values = rows(comparison)
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(values[0]))
@@ -85,7 +85,7 @@ def write_csv(comparison: Comparison, path: Path) -> None:
 
 
 def write_json(comparison: Comparison, path: Path) -> None:
-    """Write the settings, every run of theirs, and the notes."""
+    """Write the settings, all their runs, and the notes."""
     values = {
         "metric": comparison.metric,
         "by": comparison.by,
@@ -106,9 +106,9 @@ def write_json(comparison: Comparison, path: Path) -> None:
     write_atomic(path, json.dumps(values, indent=1) + "\n")
 
 
-def write_predictions(found: Sequence["Prediction"], path: Path) -> None:
-    """Write every picture's probabilities of all classes as JSON."""
-    values = [{"picture": str(p.path), "probabilities": dict(p.classes)} for p in found]
+def write_predictions(predictions: Sequence["Prediction"], path: Path) -> None:
+    """Write the probabilities of all classes for every image as JSON."""
+    values = [{"picture": str(p.path), "probabilities": dict(p.classes)} for p in predictions]
     write_atomic(path, json.dumps(values, indent=1) + "\n")
 
 

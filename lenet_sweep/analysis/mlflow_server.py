@@ -1,7 +1,7 @@
-"""MLflow's pages on this machine, opened where the answer is: a server that lives as long as the command.
+"""The command `ui`: opens MLflow's pages on a sweep or run, and serves them until Ctrl-C.
 
-The server is MLflow's own, lean (one worker, no job consumers, no telemetry) and on loopback only. A
-store that has a server already, here or elsewhere, gets no second one.
+The server is MLflow's own, with one worker, without job consumers and telemetry, and reachable only from
+this machine. If a server for the store is already running, it is reused.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from lenet_sweep.tracking import mlflow_client, mlflow_page, mlflow_query
 from lenet_sweep.tracking.mlflow_store import MlflowStore
 
 HOST = "127.0.0.1"
-PORT = 5000  # MLflow's own
-_OTHERS = 20  # ports after it that are tried when it is taken
-_PATIENCE_S = 90  # for the server to answer; it takes 5 to 10 s
+PORT = 5000  # MLflow's default
+_PORTS = 20  # consecutive ports that are tried, from PORT on
+_START_TIMEOUT_S = 90  # the server usually answers after 5 to 10 s
 _ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves nine processes and 2 GiB
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -38,34 +38,34 @@ Say = Callable[[str], None]
 
 
 def run(name: str | None, store: MlflowStore, port: int | None, browser: bool, say: Say) -> None:
-    """Serve `store` until Ctrl-C, and show `name`: a sweep's or run's id or folder, or the start of an id.
+    """Serve `store` until Ctrl-C and open the page of `name`: an id, the start of an id, or a folder.
 
-    Without a name it is the latest sweep, or, where there is none, all runs. The page's address is
-    told, and opened if `browser` is.
+    Without a name, the page shows the latest sweep, or all runs if there is no sweep. Its address is
+    passed to `say`, and opened in a browser if `browser` is true.
 
     Raises:
-        ConfigError: if `name` is nobody's, or `port` is asked for and taken.
-        TrackingError: if the store cannot be asked, or the server does not start.
+        ConfigError: if `name` is unknown, or if `port` is in use by another program.
+        TrackingError: if the store cannot be reached, or the server does not start.
     """
     mlflow_client.check_filled(store.config)
     with contextlib.ExitStack() as served:
-        # One command at a time chooses a port, or two could take each other's server for their own.
-        with FileLock(cache_folder() / "ui.lock", timeout=2 * _PATIENCE_S):
+        # Only one command at a time may choose a port; otherwise two could start servers on the same one.
+        with FileLock(cache_folder() / "ui.lock", timeout=2 * _START_TIMEOUT_S):
             server = served.enter_context(_server(store, port, say))
-            page = f"{server.address}/{page_address(name, store)}"  # found while the server starts
+            page = f"{server.address}/{page_address(name, store)}"  # computed while the server starts
             server.wait()
         say(page)
         if browser:
             _open(page)
         if server.process:
-            say("Ctrl-C ends the server")
+            say("Ctrl-C stops the server")
             with contextlib.suppress(KeyboardInterrupt):
                 server.process.wait()
-                raise TrackingError(f"the server ended by itself: {server.last_words()}")
+                raise TrackingError(f"MLflow's server stopped unexpectedly: {server.last_line()}")
 
 
 def page_address(name: str | None, store: MlflowStore) -> str:
-    """The address of the page for `name`, below a server's; the view that it shows is saved in the store.
+    """The address of the page for `name`, relative to the server's. Saves its view in the store.
 
     Raises:
         ConfigError: if `name` is unknown.
@@ -77,64 +77,70 @@ def page_address(name: str | None, store: MlflowStore) -> str:
     key = mlflow_view.view_key(page.title)
     state = mlflow_view.view_state(page.runs, page.condition)
     experiment_id = mlflow_page.share_view(store.config, key, page.title, state)
-    # No more parameters: with an order or a filter in the address, MLflow ignores the saved view.
+    # With an order or a filter in the address, MLflow ignores the saved view.
     query = f"workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={key}"
     return f"#/experiments/{experiment_id}/runs?{query}"
 
 
 @dataclass
 class _Server:
-    """A server, and its process if this command started it."""
+    """A server, with its process and log if this command started it."""
 
     address: str
     process: "subprocess.Popen[str] | None" = None
-    said: IO[str] | None = None
+    log: IO[str] | None = None
 
     def wait(self) -> None:
-        """Return as soon as it answers."""
-        deadline = time.monotonic() + _PATIENCE_S
+        """Return as soon as the server answers.
+
+        Raises:
+            TrackingError: if its process ends first, or after 90 seconds.
+        """
+        deadline = time.monotonic() + _START_TIMEOUT_S
         while not mlflow_client.answers(self.address) or self._has_ended():
             if self._has_ended():
-                raise TrackingError(f"MLflow's server did not start: {self.last_words()}")
+                raise TrackingError(f"MLflow's server did not start: {self.last_line()}")
             if time.monotonic() > deadline:
-                raise TrackingError(f"MLflow's server at {self.address} does not answer: {self.last_words()}")
+                raise TrackingError(f"MLflow's server at {self.address} does not answer: {self.last_line()}")
             time.sleep(0.1)
 
     def _has_ended(self) -> bool:
         return self.process is not None and self.process.poll() is not None
 
-    def last_words(self) -> str:
-        """What the server said last, an error if there was one."""
-        if not self.said:
-            return "it is none of this command's"
-        self.said.seek(0)
-        lines = [line.strip() for line in self.said if line.strip()]
+    def last_line(self) -> str:
+        """The last error in the server's log, or else its last line."""
+        if not self.log:
+            return "it was not started by this command"
+        self.log.seek(0)
+        lines = [line.strip() for line in self.log if line.strip()]
         errors = [line for line in lines if "error" in line.lower()]
-        return (errors or lines or ["it said nothing"])[-1]
+        return (errors or lines or ["its log is empty"])[-1]
 
 
 @contextlib.contextmanager
 def _server(store: MlflowStore, port: int | None, say: Say) -> Iterator[_Server]:
-    """A server of this store, which need not answer yet; one that is started here ends with the block."""
+    """A server for this store, which may not answer yet. If it is started here, it ends with the block."""
     if mlflow_client.is_server(store.config.uri):
         yield _Server(store.config.uri.rstrip("/"))
         return
-    for wanted in [port] if port else range(PORT, PORT + _OTHERS):
-        if _is_free(wanted):
+    for candidate in [port] if port else range(PORT, PORT + _PORTS):
+        if _is_free(candidate):
             break
-        if mlflow_client.serves(f"http://{HOST}:{wanted}", store.config):
-            say("a server of this store is running already")
-            yield _Server(f"http://{HOST}:{wanted}")
+        if mlflow_client.serves(f"http://{HOST}:{candidate}", store.config):
+            say("a server for this store is already running")
+            yield _Server(f"http://{HOST}:{candidate}")
             return
         if port:
             raise ConfigError(
-                f"--port {port}: is taken by something else; without --port a free one is found"
+                f"--port {port}: is in use by another program; without --port, a free port is chosen"
             )
-        say(f"port {wanted} is taken by something else")
+        say(f"port {candidate} is in use by another program")
     else:
-        raise ConfigError(f"ports {PORT} to {PORT + _OTHERS - 1} are all taken; name a free one with --port")
-    say(f"starting MLflow's server on port {wanted}, reachable from this machine alone")
-    with _started(store, wanted) as server:
+        raise ConfigError(
+            f"ports {PORT} to {PORT + _PORTS - 1} are all in use; pass the number of a free one with --port"
+        )
+    say(f"starting MLflow's server on port {candidate}, reachable only from this machine")
+    with _started(store, candidate) as server:
         yield server
 
 
@@ -152,33 +158,35 @@ def _started(store: MlflowStore, port: int) -> Iterator[_Server]:
         "--port",
         str(port),
     ]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
             [*command, "--backend-store-uri", mlflow_client.absolute(store.config.uri)],
             env=os.environ | _ENVIRONMENT,
             stdin=subprocess.DEVNULL,
-            stdout=said,
+            stdout=log,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,  # Ctrl-C is for this process, which then ends that one's whole family
+            start_new_session=True,  # Ctrl-C reaches this process only, which then ends the server's group
         )
         try:
-            yield _Server(f"http://{HOST}:{port}", process, said)
+            yield _Server(f"http://{HOST}:{port}", process, log)
         finally:
             _end(process)
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
-    """End the process and all its children, those that do not want to as well."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS's word for one that has ended
-            os.killpg(process.pid, sign)
+    """End the process and all its children: SIGTERM first, SIGKILL for those that are still running."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(
+            ProcessLookupError, PermissionError
+        ):  # macOS raises the latter if it has ended
+            os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=5)
 
 
 def _open(page: str) -> None:
-    """Open the page in a browser with windows; a text browser would take the terminal."""
+    """Open the page in a graphical browser; a text browser would block the terminal."""
     if sys.platform != "linux" or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))):
         webbrowser.open(page)
 

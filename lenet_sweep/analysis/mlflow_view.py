@@ -1,7 +1,7 @@
-"""A sweep's saved view on MLflow's pages: its runs, columns for what was swept, curves and choices drawn.
+"""The saved view of a sweep on MLflow's pages: its runs, columns for the swept params, and charts.
 
-The form of the state is that of MLflow's own front end (`ExperimentPageUIState`), which documents it
-nowhere: it was read off views saved by hand, and a browser test holds it.
+The state has the form of MLflow's front end (`ExperimentPageUIState`). It is not documented; it was taken
+from views that were saved by hand, and a browser test checks it.
 """
 
 import hashlib
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lenet_sweep.analysis import comparison, selection
+from lenet_sweep.analysis import selection
+from lenet_sweep.analysis.comparison import level, varied
 from lenet_sweep.errors import ConfigError
 from lenet_sweep.storage.manifest import SWEEPS, read_manifest
 from lenet_sweep.storage.records import MORE_IS_BETTER, Record
@@ -22,14 +23,14 @@ Spec = dict[str, Any]
 
 _TABLE = ("test/acc", "val/acc", "train/acc", "train/loss")
 _CURVES = ("test/acc", "val/acc", "train/acc", "train/loss")
-_MOST = 100  # runs that a chart draws, the first of the table
-_MOST_NAMED = 80  # runs in a filter that names each: MLflow keeps no longer ones in a view
-_AXES = 6  # choices beside each other in parallel coordinates
+_CHART_RUNS = 100  # runs in a chart: the first ones of the table
+_FILTER_IDS = 80  # run ids in a filter; MLflow does not keep a longer filter in a view
+_AXES = 6  # params in the parallel coordinates
 
 
 @dataclass(frozen=True)
 class MlflowPage:
-    """What MLflow's pages are to show: one run, or `runs`, which MLflow's filter `condition` selects."""
+    """The content of a page: the run `run_id`, or the `runs` that MLflow's filter `condition` selects."""
 
     title: str
     runs: tuple[Record, ...] = ()
@@ -38,7 +39,9 @@ class MlflowPage:
 
 
 def find_page(name: str | None, store: MlflowStore) -> MlflowPage:
-    """The page for `name`, as `selection.select` takes it; without one the latest sweep, or all runs.
+    """The page for `name`: an id, the start of an id, or a folder.
+
+    Without a name, it is the page of the latest sweep, or of all runs if there is no sweep.
 
     Raises:
         ConfigError: if the name is unknown.
@@ -53,38 +56,37 @@ def find_page(name: str | None, store: MlflowStore) -> MlflowPage:
         if result and result.run_id:
             return MlflowPage(result.run_id, run_id=result.run_id)
         if not (folder / "sweep.json").is_file():
-            raise ConfigError(f"{name!r}: holds neither a sweep nor a run that was tracked")
+            raise ConfigError(f"{name!r}: contains neither a sweep nor a tracked run")
         return _sweep_page(folder.absolute().name, store, folder)
     sweep_id, run_id = store.find(name)
     return _sweep_page(sweep_id, store) if sweep_id else MlflowPage(run_id, run_id=run_id)
 
 
 def _sweep_page(sweep_id: str, store: MlflowStore, folder: Path | None = None) -> MlflowPage:
-    """A sweep's runs, with those that were finished before it as far as a filter can name them."""
+    """The runs of a sweep, with those that were finished before it if a filter can list all ids."""
     runs = selection.of_sweep(sweep_id, store, "", (), folder).runs
     if not runs:
-        raise ConfigError(f"{sweep_id!r}: no run of this sweep is in {store.config.uri}")
+        raise ConfigError(f"{sweep_id!r}: {store.config.uri} contains no runs of this sweep")
     manifest = read_manifest(folder or SWEEPS / Path(sweep_id).name)
-    by_id = manifest and manifest.finished_before and len(runs) <= _MOST_NAMED
-    named = mlflow_query.runs_filter([run.name for run in runs])
-    return MlflowPage(f"sweep {sweep_id}", runs, named if by_id else mlflow_query.sweep_filter(sweep_id))
+    by_id = manifest and manifest.finished_before and len(runs) <= _FILTER_IDS
+    ids = mlflow_query.runs_filter([run.name for run in runs])
+    return MlflowPage(f"sweep {sweep_id}", runs, ids if by_id else mlflow_query.sweep_filter(sweep_id))
 
 
 def view_key(title: str) -> str:
-    """The name under which the view of this selection is saved: always the same, so it is kept once."""
+    """The name under which a view is saved; it depends on the title alone, so that a view is saved once."""
     return hashlib.sha256(title.encode()).hexdigest()[:16]
 
 
 def view_state(runs: Sequence[Record], condition: str) -> Spec:
-    """The view of `runs`, which MLflow's filter `condition` selects.
+    """The view of the `runs` that MLflow's filter `condition` selects, sorted by test accuracy.
 
-    Best test accuracy first. The columns are the params that differ between the runs, and the final
-    metrics.
+    The columns are the params that differ between the runs, and the final metrics.
     """
-    swept = comparison.varied(runs)
+    swept = varied(runs)
     held_out = any(run.params.get("data.val_size", "0") != "0" for run in runs)
-    measured = [name for name in MORE_IS_BETTER if held_out or not name.startswith("val/")]
-    choices = [name for name in swept if name != "seed"] or swept
+    metrics = [name for name in MORE_IS_BETTER if held_out or not name.startswith("val/")]
+    params = [name for name in swept if name != "seed"] or swept
     return {
         "searchFilter": condition,
         "orderByKey": "metrics.`test/acc`",
@@ -95,18 +97,18 @@ def view_state(runs: Sequence[Record], condition: str) -> Spec:
         "datasetsFilter": [],
         "selectedColumns": [
             *(f"params.`{name}`" for name in swept),
-            *(f"metrics.`{name}`" for name in _TABLE if name in measured),
+            *(f"metrics.`{name}`" for name in _TABLE if name in metrics),
         ],
         "runsHiddenMode": "SHOW_ALL",
         "groupBy": None,
         "hideEmptyCharts": True,
         "autoRefreshEnabled": True,
-        "isAccordionReordered": True,  # or the page would sort the sections by name
+        "isAccordionReordered": True,  # otherwise the page sorts the sections by name
         "compareRunSections": [_section("curves", "Curves"), _section("choices", "Choices")],
         "compareRunCharts": [
-            *(_curve(name) for name in _CURVES if name in measured),
-            *([_parallel(choices[:_AXES])] if choices else []),
-            *(_scatter(name) for name in choices[:_AXES] if _is_numeric(runs, name)),
+            *(_curve(name) for name in _CURVES if name in metrics),
+            *([_parallel(params[:_AXES])] if params else []),
+            *(_scatter(name) for name in params[:_AXES] if _is_numeric(runs, name)),
         ],
     }
 
@@ -120,9 +122,9 @@ def _chart(kind: str, uuid: str, section: str, **more: Any) -> Spec:
         "type": kind,
         "uuid": uuid,
         "metricSectionId": section,
-        "runsCountToCompare": _MOST,
+        "runsCountToCompare": _CHART_RUNS,
         "deleted": False,
-        "isGenerated": True,  # or the page would add its own chart of the same metric
+        "isGenerated": True,  # otherwise the page adds its own chart of the same metric
     } | more
 
 
@@ -146,12 +148,12 @@ def _curve(metric: str) -> Spec:
     )
 
 
-def _parallel(choices: Sequence[str]) -> Spec:
+def _parallel(params: Sequence[str]) -> Spec:
     return _chart(
         "PARALLEL",
         "parallel",
         "choices",
-        selectedParams=list(choices),
+        selectedParams=list(params),
         selectedMetrics=["test/acc"],
         showAllRuns=False,
     )
@@ -168,4 +170,4 @@ def _scatter(param: str) -> Spec:
 
 
 def _is_numeric(runs: Sequence[Record], param: str) -> bool:
-    return all(comparison.level(run.params.get(param, "")) < (float("inf"), "") for run in runs)
+    return all(level(run.params.get(param, "")) < (float("inf"), "") for run in runs)

@@ -1,4 +1,4 @@
-"""Which runs a comparison is about: from a tracking store, or from the folders of sweeps and runs."""
+"""Selects the runs of a comparison from a tracking store, or from the folders of sweeps and runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from lenet_sweep.tracking.base import Store
 
 @dataclass(frozen=True)
 class Selection:
-    """The runs, their common title, and the commands that made them, where those are known."""
+    """Runs, their common title, and the commands that started their sweeps, if known."""
 
     title: str
     runs: tuple[Record, ...]
@@ -23,11 +23,11 @@ class Selection:
 def select(names: Sequence[str], store: Store, where: str | None, metrics: Sequence[str]) -> Selection:
     """The runs that `names` and the filter `where` select, with the histories of `metrics`.
 
-    A name is a folder (of a sweep or of one run), a sweep's id, a run's id, or the start of an id. No name
-    means the latest sweep, or with a filter all runs of the experiment.
+    A name is the folder of a sweep or run, the id of a sweep or run, or the start of an id. Without names,
+    the latest sweep is selected, or with a filter all runs of the experiment.
 
     Raises:
-        ConfigError: if a name is unknown, or nothing is selected.
+        ConfigError: if a name is unknown, or no run is selected.
         TrackingError: if the store cannot be reached.
     """
     if where:
@@ -40,16 +40,17 @@ def select(names: Sequence[str], store: Store, where: str | None, metrics: Seque
     title = ", ".join(part.title for part in parts)
     if not runs:
         of_names = f" of {', '.join(names)}" if names else ""
-        raise ConfigError(
-            f"no run{of_names} satisfies {where}" if where else f"{title}: there is no such run"
-        )
+        raise ConfigError(f"no run{of_names} satisfies {where}" if where else f"{title}: contains no runs")
     return Selection(title, tuple(runs.values()), tuple(c for part in parts for c in part.commands))
 
 
 def of_sweep(
     sweep_id: str, store: Store, where: str, metrics: Sequence[str], folder: Path | None = None
 ) -> Selection:
-    """A sweep's runs in the store, and those that its manifest (in `folder`) names as finished before."""
+    """The runs of a sweep in the store, with those that were finished before it.
+
+    The latter are listed in the sweep's manifest, which is in `folder`.
+    """
     manifest = read_manifest(folder or SWEEPS / Path(sweep_id).name)
     before = [run.run_id for run in manifest.finished_before if run.run_id] if manifest else []
     runs = store.records(metrics, sweep_id=sweep_id, run_ids=before, where=where)
@@ -59,7 +60,7 @@ def of_sweep(
 def _of_name(name: str, store: Store, where: str, metrics: Sequence[str]) -> Selection:
     if Path(name).is_dir():
         if where:
-            raise ConfigError(f"--filter: needs the id of a sweep, not its folder {name!r}")
+            raise ConfigError(f"--filter: needs the id of a sweep or run, not the folder {name!r}")
         return _of_folder(Path(name))
     sweep_id, run_id = store.find(name)
     if sweep_id:

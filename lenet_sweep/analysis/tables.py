@@ -1,4 +1,4 @@
-"""Results as tables: every run at the end of a sweep, and settings compared over seeds; CSV and JSON too."""
+"""Tables for the terminal: the runs of a sweep, settings compared over their seeds, and predictions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from lenet_sweep.analysis.comparison import Comparison, Setting, Summary, notes, short
+from lenet_sweep.analysis.comparison import Comparison, Setting, Summary, notes, short, tied_settings
 from lenet_sweep.storage.records import Record
 from lenet_sweep.storage.result import Result
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 
 MARKS = {"best": "best", "tied": "~", "worse": "", "unknown": "?", "none": ""}
-HEADINGS = ("n", "final", "95 % interval", "best", "at epoch", "seconds", "verdict", "left out")
-_ASIDE = ("best", "at epoch", "seconds")  # not shown where the screen is narrow
-_WIDE = 100
-_LISTED = 20  # runs that did not end, below a table
-_COMMON = ("data.name", "model.name", "lr", "epochs", "optimizer.name", "batch_size")
+HEADINGS = ("n", "final", "95 % interval", "best", "at epoch", "seconds", "verdict", "excluded")
+_WIDE = 100  # characters; a narrower screen omits some columns
+_WIDE_ONLY = ("best", "at epoch", "seconds")
+_LISTED = 20  # failed or unfinished runs that are listed below a table
+_COMMON_KEYS = ("data.name", "model.name", "lr", "epochs", "optimizer.name", "batch_size")
 
 
 @dataclass(frozen=True)
 class Row:
     """One job of a sweep.
 
-    `folder` is None if it was finished before the sweep; `result` is None if it did not end (it was
-    killed, or never started).
+    `folder` is None if the job was finished before the sweep. `result` is None if the job was killed or
+    never started.
     """
 
     overrides: tuple[str, ...]
@@ -54,12 +54,12 @@ class Row:
 
 
 def sweep_table(rows: list[Row]) -> Table:
-    """A row for every run, with a column for each key that differs between them; the title has the others."""
+    """A row for every run, a column for every key that differs; the title has the overrides they share."""
     settings = [settings_of(row.overrides) for row in rows]
     varied = varied_keys([row.overrides for row in rows])
-    same = [f"{key}={value}" for key, value in settings[0].items() if key not in varied]
+    shared = [f"{key}={value}" for key, value in settings[0].items() if key not in varied]
     count = f"All {len(rows)} runs" if len(rows) > 1 else "One run"
-    table = Table(title=f"{count}  {' '.join(same)}".rstrip(), title_justify="left")
+    table = Table(title=f"{count}  {' '.join(shared)}".rstrip(), title_justify="left")
     table.add_column("run", justify="right")
     for key in varied:
         table.add_column(key.lstrip("+"), overflow="fold")
@@ -78,7 +78,7 @@ def sweep_table(rows: list[Row]) -> Table:
 
 
 def varied_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """The keys whose values are not the same in the overrides of all jobs."""
+    """The keys whose values differ between the overrides of the jobs."""
     settings = [settings_of(job) for job in jobs]
     keys = dict.fromkeys(key for values in settings for key in values)
     return [key for key in keys if len({values.get(key) for values in settings}) > 1]
@@ -90,7 +90,7 @@ def settings_of(overrides: Sequence[str]) -> dict[str, str]:
 
 
 def failures(rows: list[Row]) -> list[str]:
-    """A line for each run that failed: which, why, and where its log is."""
+    """One line for each failed run: its number and overrides, the reason, and the folder of its log."""
     varied = varied_keys([row.overrides for row in rows])
     return [
         f"run {number} ({label(row.overrides, varied)}): {_reason(row)}; see {row.folder}"
@@ -100,67 +100,63 @@ def failures(rows: list[Row]) -> list[str]:
 
 
 def label(overrides: Sequence[str], varied: Sequence[str]) -> str:
-    """What tells a job from the others of its sweep."""
+    """The overrides of a job that differ within its sweep."""
     return " ".join(override for override in overrides if override.partition("=")[0] in varied)
 
 
 def comparison_table(comparison: Comparison, width: int, at_most: int | None = None) -> Table:
-    """A row for every setting, the best first: means, spreads, and what can be told from the best.
+    """A row for every setting, best first: means, standard deviations, and the verdict.
 
-    With more than `at_most` settings the others are only counted. Fewer than 100 characters of `width`
-    leave out what is not about the final value.
+    Only the first `at_most` settings are shown; the caption counts the rest. If `width` is below 100
+    characters, columns that are not about the final value are omitted.
     """
     title = f"{comparison.metric}  {common(comparison)}".rstrip()
     table = Table(title=plain(title), title_justify="left")
     for key in comparison.by or ("",):
         table.add_column(plain(short(key)), overflow="fold")
-    shown = [heading for heading in HEADINGS if width >= _WIDE or heading not in _ASIDE]
+    shown = [heading for heading in HEADINGS if width >= _WIDE or heading not in _WIDE_ONLY]
     for heading in shown:
-        table.add_column(heading, justify="left" if heading in ("verdict", "left out") else "right")
+        table.add_column(heading, justify="left" if heading in ("verdict", "excluded") else "right")
     for setting in comparison.settings[:at_most]:
-        values = setting.key or ("all runs",)
-        named = dict(zip(HEADINGS, cells(comparison, setting)[-len(HEADINGS) :], strict=True))
-        table.add_row(*map(plain, [*values, *(named[heading] for heading in shown)]), style=_style(setting))
+        table.add_row(*map(plain, cells(comparison, setting, shown)), style=_style(setting))
     if at_most and len(comparison.settings) > at_most:
         table.caption = f"and {len(comparison.settings) - at_most} more: python -m lenet_sweep compare"
     return table
 
 
-def answer(found: Comparison) -> str:
-    """The sweep's answer in a sentence or two."""
-    places = digits(found)
-    judged = [setting for setting in found.settings if setting.final]
-    if not judged:
+def answer(comparison: Comparison) -> str:
+    """The result of a comparison in one or two sentences."""
+    decimals = digits(comparison)
+    averaged = [setting for setting in comparison.settings if setting.final]
+    if not averaged:
         return "No run ended well, so there is nothing to compare."
-    best, final = judged[0], judged[0].final
+    best, final = averaged[0], averaged[0].final
     assert final is not None
-    runs = "one run" if final.n == 1 else f"{final.n} runs, 95 % interval {interval(final, places)}"
-    text = f"Best: {found.label(best)} with {found.metric} {spread(final, places)} ({runs})."
-    tied = sum(setting.verdict == "tied" for setting in judged)
-    unknown = sum(setting.verdict == "unknown" for setting in judged)
-    if tied:
-        text += f" {tied} of the {len(judged) - 1} others cannot be told from it."
-    elif unknown:
-        text += " With one run each, nothing can be told from it: add seeds."
-    elif len(judged) > 1:
-        text += " All others are worse by more than chance."
+    runs = "one run" if final.n == 1 else f"{final.n} runs, 95 % interval {interval(final, decimals)}"
+    text = f"Best: {comparison.label(best)} with {comparison.metric} {spread(final, decimals)} ({runs})."
+    if tied := tied_settings(comparison):
+        text += f" {tied}."
+    elif any(setting.verdict == "unknown" for setting in averaged):
+        text += " With one run per setting, no difference is significant: add seeds."
+    elif len(averaged) > 1:
+        text += " All others are significantly worse."
     return text
 
 
 def comparison_lines(comparison: Comparison) -> list[str]:
-    """What stands below the table: how to read it, and the runs that did not end, with their reasons."""
-    broken = [
-        f"{run_label(comparison, setting, run)}: {fate(run)}"
-        for setting, run in left_out(comparison)
+    """The lines below the table: notes, then the failed and unfinished runs with their reasons."""
+    unfinished = [
+        f"{run_label(comparison, setting, run)}: {outcome(run)}"
+        for setting, run in excluded_runs(comparison)
         if run.status != "FINISHED"
     ]
-    if len(broken) > _LISTED:
-        broken[_LISTED:] = [f"and {len(broken) - _LISTED} more, which --json lists"]
-    return [*notes(comparison), *broken]
+    if len(unfinished) > _LISTED:
+        unfinished[_LISTED:] = [f"and {len(unfinished) - _LISTED} more; --json lists them all"]
+    return [*notes(comparison), *unfinished]
 
 
-def left_out(comparison: Comparison) -> list[tuple[Setting, Record]]:
-    """The runs that are not averaged over."""
+def excluded_runs(comparison: Comparison) -> list[tuple[Setting, Record]]:
+    """The runs that are not averaged, with their settings."""
     return [
         (setting, run)
         for setting in comparison.settings
@@ -170,48 +166,50 @@ def left_out(comparison: Comparison) -> list[tuple[Setting, Record]]:
 
 
 def run_label(comparison: Comparison, setting: Setting, run: Record) -> str:
-    """A run in words: its setting, its seed and its name."""
+    """The setting, seed and name of a run: 'lr=0.1 seed=0 (outputs/sweeps/X/3)'."""
     seed = "" if "seed" in comparison.by else f" seed={run.params.get('seed', '')}"
     return f"{comparison.label(setting)}{seed} ({run.name})"
 
 
-def fate(run: Record) -> str:
-    """How a run ended, with the reason that was recorded."""
-    status = "collapsed to guessing" if run.collapsed and run.status == "FINISHED" else run.status
+def outcome(run: Record) -> str:
+    """How a run ended, and the reason if one was recorded."""
+    status = (
+        "collapsed (no better than guessing)" if run.collapsed and run.status == "FINISHED" else run.status
+    )
     return f"{status}, {run.reason}" if run.reason else status
 
 
-def prediction_table(found: Sequence["Prediction"]) -> Table:
-    """A row for each picture: the three likeliest classes with their probabilities."""
+def prediction_table(predictions: Sequence["Prediction"]) -> Table:
+    """A row for each image: the three most likely classes and their probabilities."""
     table = Table()
-    for heading in ("picture", "class", "p", "second", "p", "third", "p"):
+    for heading in ("image", "class", "p", "second", "p", "third", "p"):
         table.add_column(heading, justify="right" if heading == "p" else "left")
-    for prediction in found:
-        cells = [cell for name, p in prediction.classes[:3] for cell in (name, f"{p:.3f}")]
-        table.add_row(plain(str(prediction.path)), *cells)
+    for prediction in predictions:
+        top = [cell for name, p in prediction.classes[:3] for cell in (name, f"{p:.3f}")]
+        table.add_row(plain(str(prediction.path)), *top)
     return table
 
 
-def activation_table(found: Sequence["ActivationStats"]) -> Table:
-    """A row for each kind of picture: the mean activation of every layer, and how sure the network is."""
-    table = Table(title="mean activations", title_justify="left")
-    table.add_column("pictures")
-    for layer in found[0].values:
+def activation_table(stats: Sequence["ActivationStats"]) -> Table:
+    """A row for each kind of image: the mean activation of every layer, and the mean confidence."""
+    table = Table(title="mean activations and confidence", title_justify="left")
+    table.add_column("images")
+    for layer in stats[0].values:
         table.add_column(layer, justify="right")
-    table.add_column("sure", justify="right")
-    for reaction in found:
-        means = [f"{reaction.mean(layer):.3f}" for layer in reaction.values]
-        table.add_row(reaction.kind, *means, f"{float(reaction.surest.mean()):.3f}")
+    table.add_column("confidence", justify="right")
+    for kind in stats:
+        means = [f"{kind.mean(layer):.3f}" for layer in kind.values]
+        table.add_row(kind.kind, *means, f"{float(kind.confidence_N.mean()):.3f}")
     return table
 
 
 def plain(text: str) -> Text:
-    """Text from a store for a terminal: no markup, no control characters."""
+    """Text from a store, safe to print: without markup and control characters."""
     return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
 def spread(summary: Summary | None, digits: int) -> str:
-    """Mean and standard deviation."""
+    """Mean and standard deviation, the latter if there are several values."""
     if summary is None:
         return ""
     mean = f"{summary.mean:.{digits}f}"
@@ -219,7 +217,7 @@ def spread(summary: Summary | None, digits: int) -> str:
 
 
 def interval(summary: Summary | None, digits: int) -> str:
-    """The 95 % interval, or that there is none."""
+    """The 95 % confidence interval of the mean; a single value has none."""
     if summary is None:
         return ""
     if summary.low is None or summary.high is None:
@@ -228,24 +226,26 @@ def interval(summary: Summary | None, digits: int) -> str:
 
 
 def digits(comparison: Comparison) -> int:
-    """Decimal places that the metric is shown with."""
+    """The number of decimals of the metric."""
     return 1 if comparison.metric == "speed/examples_per_s" else 3
 
 
-def cells(comparison: Comparison, setting: Setting) -> list[str]:
-    places = digits(comparison)
+def cells(comparison: Comparison, setting: Setting, headings: Sequence[str]) -> list[str]:
+    """The row of a setting: the values of its key, then the cells below these headings."""
+    decimals = digits(comparison)
     p = f" p={setting.p:.2g}" if setting.p is not None else ""
-    return [
-        *(setting.key or ("all runs",)),
-        str(len(setting.counted)),
-        spread(setting.final, places),
-        interval(setting.final, places),
-        spread(setting.best, places),
-        spread(setting.best_epoch, 1),
-        spread(setting.seconds, 1),
-        f"{MARKS[setting.verdict]}{p}".strip(),
-        ", ".join(f"{n} {reason}" for reason, n in setting.flags.items()),
-    ]
+    texts = {
+        "n": str(len(setting.counted)),
+        "final": spread(setting.final, decimals),
+        "95 % interval": interval(setting.final, decimals),
+        "best": spread(setting.best, decimals),
+        "at epoch": spread(setting.best_epoch, 1),
+        "seconds": spread(setting.seconds, 1),
+        "examples/s": f"{setting.examples_per_s.mean:,.0f}" if setting.examples_per_s else "",
+        "verdict": f"{MARKS[setting.verdict]}{p}".strip(),
+        "excluded": ", ".join(f"{n} {reason}" for reason, n in setting.excluded.items()),
+    }
+    return [*(setting.key or ("all runs",)), *(texts[heading] for heading in headings)]
 
 
 def _style(setting: Setting) -> str | None:
@@ -253,8 +253,8 @@ def _style(setting: Setting) -> str | None:
 
 
 def common(comparison: Comparison) -> str:
-    """The params that matter most, where all runs share them: 'data=mnist epochs=5'."""
-    shared = {key: comparison.constant[key] for key in _COMMON if key in comparison.constant}
+    """The most important params that all runs share: 'data=mnist epochs=5'."""
+    shared = {key: comparison.constant[key] for key in _COMMON_KEYS if key in comparison.constant}
     return " ".join(f"{short(key)}={value}" for key, value in shared.items())
 
 

@@ -1,7 +1,7 @@
-"""Pictures of one run as PNG files: the tutorial's curves, the confusion matrix, a look inside.
+"""The plots of one run as PNG files: learning curves, confusion matrix, filters, activations, errors.
 
-Charts are matplotlib's; what is made of pixels (filters, activations, examples) is put together
-by Pillow, which takes a hundredth of the time.
+Charts are drawn by matplotlib. Images that consist of pixels (filters, activations, examples) are composed
+by Pillow, which needs a hundredth of the time.
 """
 
 from collections.abc import Sequence
@@ -16,24 +16,22 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lenet_sweep.inspection.activations import ActivationStats, ConfidentError
+from lenet_sweep.inspection.colours import BLUE, GREEN, PURPLE, VERMILION, rgb
 from lenet_sweep.paths import atomic_path
 from lenet_sweep.training.metrics import EpochMetrics
 
-# Okabe and Ito 2008: told apart by people with any kind of colour vision.
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-
 
 def curves(history: Sequence[EpochMetrics], title: str, path: Path) -> None:
-    """The tutorial's picture: train loss and accuracy five times an epoch, test accuracy once."""
+    """Learning curves: train loss and accuracy five times per epoch, test and validation accuracy once."""
     points = [point for metrics in history for point in metrics.curve]
     x = [point.epoch for point in points]
     epochs = [metrics.epoch for metrics in history]
 
-    figure = Figure(figsize=(6, 4), dpi=120)  # a layout engine would take as long as all the rest
+    figure = Figure(figsize=(6, 4), dpi=120)  # a layout engine would double the time
     figure.subplots_adjust(left=0.1, right=0.97, bottom=0.12, top=0.92)
     axes = figure.add_subplot()
     axes.plot(x, [point.train_loss for point in points], color=BLUE, label="train loss")
-    axes.plot(x, [point.train_acc for point in points], "--", color=ORANGE, label="train acc")
+    axes.plot(x, [point.train_acc for point in points], "--", color=VERMILION, label="train acc")
     axes.plot(epochs, [m.test_acc for m in history], "-.o", ms=3, color=GREEN, label="test acc")
     if history and history[0].val_acc is not None:
         val_acc = [m.val_acc if m.val_acc is not None else float("nan") for m in history]
@@ -47,7 +45,10 @@ def curves(history: Sequence[EpochMetrics], title: str, path: Path) -> None:
 
 
 def confusion_matrix(counts: Sequence[Sequence[int]], class_names: Sequence[str], path: Path) -> None:
-    """`counts[i][j]`: test examples of class i that were taken for class j; shaded by row share."""
+    """The confusion matrix: `counts[i][j]` test examples of class i were classified as j.
+
+    A cell is shaded by its share of its row.
+    """
     shares = [[n / max(sum(row), 1) for n in row] for row in counts]
     names = [f"{name}  {row[k]:.2f}" for k, (name, row) in enumerate(zip(class_names, shares, strict=True))]
     side, top, n = 52, 56, len(counts)
@@ -55,10 +56,8 @@ def confusion_matrix(counts: Sequence[Sequence[int]], class_names: Sequence[str]
     below = 16 + max(int(_FONT.getlength(name)) for name in class_names)
     canvas = Image.new("RGB", (left + n * side + 16, top + n * side + below), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text(
-        (left, 8), "Test examples: true class and the share that was recognised (rows),", "black", _FONT
-    )
-    draw.text((left, 26), "class that they were taken for (columns)", "black", _FONT)
+    draw.text((left, 8), "Confusion matrix of the test set", "black", _FONT)
+    draw.text((left, 26), "Rows: true class and its recall. Columns: predicted class.", "black", _FONT)
     for i, row in enumerate(shares):
         y = top + i * side
         draw.text((6, y + side / 2), names[i], "black", _FONT, anchor="lm")
@@ -72,103 +71,105 @@ def confusion_matrix(counts: Sequence[Sequence[int]], class_names: Sequence[str]
         upright = Image.new("RGB", (below - 8, 20), "white")
         ImageDraw.Draw(upright).text((below - 8, 10), name, "black", _FONT, anchor="rm")
         canvas.paste(upright.rotate(90, expand=True), (left + j * side + side // 2 - 10, top + n * side + 4))
-    _save_picture(canvas, path)
+    _save_image(canvas, path)
 
 
 def filters(weights: Sequence[tuple[str, Tensor]], path: Path) -> None:
-    """Each convolution's kernels (name, OCHW): a row for each output channel; blue below 0, orange above."""
+    """The kernels of convolutions (name, OCHW), one row per output channel.
+
+    Negative weights are blue, positive ones vermilion; the title has the largest absolute value.
+    """
     parts = []
     for name, weight in weights:
         kernels = weight[:_MAPS, :_MAPS].detach().cpu().numpy()
         scale = float(np.abs(kernels).max()) or 1.0
         rows = [[_diverging(kernel / scale) for kernel in row] for row in kernels]
         parts.append(
-            _mosaic(rows, 40, [str(k + 1) for k in range(len(rows))], f"{name}  (up to {scale:.2f})")
+            _mosaic(rows, 40, [str(k + 1) for k in range(len(rows))], f"{name}  (|w| up to {scale:.2f})")
         )
-    _save_picture(_beside(parts), path)
+    _save_image(_side_by_side(parts), path)
 
 
 def activations(
     images_NHW: Tensor, layers: Sequence[tuple[str, Tensor]], labels: Sequence[str], path: Path
 ) -> None:
-    """A row for each image: what the network sees, then each layer's feature maps (name, NCHW).
+    """One row per image: the input, then the feature maps of each layer (name, NCHW).
 
-    Black is the smallest value that the layer has for any of these images, white the largest.
+    Black is the smallest output of the layer for any of these images, white the largest.
     """
     parts = [_mosaic([[_grey(image.numpy() / 255)] for image in images_NHW.cpu()], 56, labels, "input")]
     for name, maps_NCHW in layers:
         maps = maps_NCHW[:, :_MAPS].cpu().numpy()
         low, high = float(maps.min()), float(maps.max())
-        rows = [[_grey((one - low) / ((high - low) or 1.0)) for one in row] for row in maps]
+        rows = [[_grey((values - low) / ((high - low) or 1.0)) for values in row] for row in maps]
         parts.append(_mosaic(rows, 56, [""] * len(rows), f"{name}  ({low:.2f} to {high:.2f})"))
-    _save_picture(_beside(parts), path)
+    _save_image(_side_by_side(parts), path)
 
 
-def errors(found: Sequence[ConfidentError], class_names: Sequence[str], path: Path) -> None:
-    """The surest mistakes, five in a row: what it is, what it was taken for, and how surely."""
+def errors(confident: Sequence[ConfidentError], class_names: Sequence[str], path: Path) -> None:
+    """Misclassified images, five in a row, each with its true class, its predicted class and probability."""
     side, gap, below = 112, 28, 50
-    rows = -(-len(found) // 5) or 1
+    rows = -(-len(confident) // 5) or 1
     canvas = Image.new("RGB", (5 * (side + gap) + gap, rows * (side + below) + 40), "white")
     draw = ImageDraw.Draw(canvas)
     title = (
-        "Surest mistakes on the test set: what it is, and what it was taken for"
-        if found
-        else "No mistake on the test set"
+        "Most confident errors on the test set: true class, predicted class and its probability"
+        if confident
+        else "No errors on the test set"
     )
     draw.text((gap, 10), title, "black", _FONT)
-    for i, mistake in enumerate(found):
+    for i, error in enumerate(confident):
         x, y = gap + (i % 5) * (side + gap), 36 + (i // 5) * (side + below)
-        canvas.paste(_tile(_grey(mistake.image_HW.numpy() / 255), side), (x, y))
-        draw.text((x, y + side + 2), class_names[mistake.label], GREEN, _FONT)
-        taken_for = f"{class_names[mistake.predicted]} {mistake.probability:.2f}"
-        draw.text((x, y + side + 18), taken_for, ORANGE, _FONT)
-    _save_picture(canvas, path)
+        canvas.paste(_tile(_grey(error.image_HW.numpy() / 255), side), (x, y))
+        draw.text((x, y + side + 2), class_names[error.label], GREEN, _FONT)
+        predicted = f"{class_names[error.predicted]} {error.probability:.2f}"
+        draw.text((x, y + side + 18), predicted, VERMILION, _FONT)
+    _save_image(canvas, path)
 
 
-def activation_stats(found: Sequence[ActivationStats], title: str, path: Path) -> None:
-    """The distribution of activations for pictures of several kinds, layer by layer, and of its sureness."""
-    layers = list(found[0].values)
+def activation_stats(stats: Sequence[ActivationStats], title: str, path: Path) -> None:
+    """Histograms of the activations of each layer, and of the confidence, for each kind of image."""
+    layers = list(stats[0].values)
     figure = Figure(figsize=(3.2 * (len(layers) + 1), 3.6), dpi=120, layout="constrained")
     *panels, last = figure.subplots(1, len(layers) + 1)
     for panel, layer in zip(panels, layers, strict=True):
-        ends = torch.cat([reaction.values[layer] for reaction in found])
-        _distributions(
-            panel, [reaction.values[layer] for reaction in found], float(ends.min()), float(ends.max())
-        )
+        values = [kind.values[layer] for kind in stats]
+        everything = torch.cat(values)
+        _histograms(panel, values, float(everything.min()), float(everything.max()))
         panel.set(title=layer, xlabel="activation", yscale="log")
-    _distributions(last, [reaction.surest for reaction in found], 0.0, 1.0)
-    last.set(title="output", xlabel="probability of the likeliest class")
+    _histograms(last, [kind.confidence_N for kind in stats], 0.0, 1.0)
+    last.set(title="output", xlabel="probability of the predicted class")
     panels[0].set_ylabel("share of the values")
     handles = last.get_legend_handles_labels()[0]
-    names = [f"{reaction.kind} (mean {float(reaction.surest.mean()):.2f} sure)" for reaction in found]
-    figure.legend(handles, names, loc="outside lower center", ncols=len(found), frameon=False)
+    names = [f"{kind.kind} (mean confidence {float(kind.confidence_N.mean()):.2f})" for kind in stats]
+    figure.legend(handles, names, loc="outside lower center", ncols=len(stats), frameon=False)
     figure.suptitle(title)
     _save(figure, path)
 
 
-def _distributions(axes: Axes, values: Sequence[Tensor], low: float, high: float) -> None:
-    """A stepped histogram for each, over the same 40 bins."""
+def _histograms(axes: Axes, values: Sequence[Tensor], low: float, high: float) -> None:
+    """A stepped histogram of each tensor over the same 40 bins."""
     edges = np.linspace(low, max(high, low + 1e-6), 41)
-    for numbers, (colour, dash) in zip(values, _LINES, strict=False):
-        counts, _ = np.histogram(numbers.numpy(), edges)
+    for tensor, (colour, dash) in zip(values, _LINES, strict=False):
+        counts, _ = np.histogram(tensor.numpy(), edges)
         axes.stairs(counts / counts.sum(), edges, color=colour, linestyle=dash, linewidth=1.5, label="kind")
     axes.grid(alpha=0.3)
 
 
-_LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"), ("black", "-"))
-_DARKEST = (0x08, 0x30, 0x6B)  # of a confusion matrix
-_MAPS = 16  # of a layer's channels that are shown
+_LINES = ((BLUE, "-"), (VERMILION, "--"), (GREEN, "-."), (PURPLE, ":"), ("black", "-"))
+_DARKEST = (0x08, 0x30, 0x6B)  # the colour of a full row share in the confusion matrix
+_MAPS = 16  # channels of a layer that are shown
 _FONT = ImageFont.load_default(13)
 
 
 def _grey(values_HW: np.ndarray) -> np.ndarray:
-    """0 black, 1 white."""
+    """RGB pixels for values from 0 (black) to 1 (white)."""
     return np.repeat((np.clip(values_HW, 0, 1) * 255).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _diverging(values_HW: np.ndarray) -> np.ndarray:
-    """-1 blue, 0 white, 1 orange."""
-    ends = np.array([[0x00, 0x72, 0xB2], [0xD5, 0x5E, 0x00]], dtype=np.float64)
+    """RGB pixels for values from -1 (blue) over 0 (white) to 1 (vermilion)."""
+    ends = np.array([rgb(BLUE), rgb(VERMILION)], dtype=np.float64)
     strength = np.abs(values_HW)[..., None]
     pixels: np.ndarray = 255 + strength * (ends[(values_HW > 0).astype(int)] - 255)
     return pixels.astype(np.uint8)
@@ -181,7 +182,7 @@ def _tile(pixels: np.ndarray, side: int) -> Image.Image:
 def _mosaic(
     rows: Sequence[Sequence[np.ndarray]], side: int, labels: Sequence[str], title: str
 ) -> Image.Image:
-    """Tiles of equal size under a title, each row after its label."""
+    """Rows of tiles of equal size below a title, with a label to the left of each row."""
     left = max(int(_FONT.getlength(label)) for label in labels) + 6
     width = left + max(len(rows[0]) * (side + 2), int(_FONT.getlength(title)) + 2)
     canvas = Image.new("RGB", (width, 22 + len(rows) * (side + 2)), "white")
@@ -195,7 +196,7 @@ def _mosaic(
     return canvas
 
 
-def _beside(parts: Sequence[Image.Image]) -> Image.Image:
+def _side_by_side(parts: Sequence[Image.Image]) -> Image.Image:
     gap = 12
     width, height = sum(part.width + gap for part in parts) + gap, max(part.height for part in parts)
     canvas = Image.new("RGB", (width, height + 2 * gap), "white")
@@ -206,10 +207,10 @@ def _beside(parts: Sequence[Image.Image]) -> Image.Image:
     return canvas
 
 
-def _save_picture(picture: Image.Image, path: Path) -> None:
+def _save_image(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     with atomic_path(path) as temporary:
-        picture.save(temporary, "PNG")
+        image.save(temporary, "PNG")
 
 
 def _save(figure: Figure, path: Path) -> None:

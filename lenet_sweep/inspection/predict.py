@@ -1,4 +1,4 @@
-"""A run's network at work on other pictures: what it takes them for, and what they set off inside it."""
+"""The network of a finished run applied to new images: predictions, feature maps, activation statistics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ _WEIGHTS = "model/weights.safetensors"
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A run's network with its final weights, on the CPU."""
+    """The network of a run with its final weights, on the CPU and in eval mode."""
 
     name: str
     config: Config
@@ -41,58 +41,58 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A picture as the network saw it, and the probability of every class, the likeliest first."""
+    """The classes of an image with their probabilities, the most likely class first."""
 
     path: Path
-    image_CHW: Tensor  # uint8
+    image_CHW: Tensor  # uint8, as the network received it
     classes: tuple[tuple[str, float], ...]
 
 
 def load(name: str, store: Store) -> TrainedModel:
     """The network of the run `name`: a folder, a config.yaml, or an id in `store`.
 
-    What is stored may come from anywhere: the config is read as values, the weights as tensors.
+    The stored files are not trusted: the config is read as plain values and the weights as tensors, so
+    neither can execute code.
 
     Raises:
-        ConfigError: if there is no such run, it has no weights, or its config is none.
-        DataError: if its weights are damaged, or another network's.
-        TrackingError: if the store cannot be asked.
+        ConfigError: if the run does not exist, has no weights, or has an invalid config.
+        DataError: if the weights are damaged, or do not fit the network of the config.
+        TrackingError: if the store cannot be reached.
     """
     with stored(name, store, ("config.yaml", _WEIGHTS)) as (folder, run, _):
         if not (folder / "config.yaml").is_file():
-            raise ConfigError(f"{name!r}: holds no run (there is no {folder / 'config.yaml'})")
+            raise ConfigError(f"{name!r}: contains no run (there is no {folder / 'config.yaml'})")
         config = parsing.load(folder / "config.yaml")
         if not (folder / _WEIGHTS).is_file():
-            raise ConfigError(f"{run}: has no weights; it did not reach its end")
+            raise ConfigError(f"{run}: has no weights, because it did not finish")
         try:
             weights = load_file(folder / _WEIGHTS)
         except (OSError, SafetensorError, ValueError) as error:
-            raise DataError(f"{run}: its weights are damaged: {error}") from error
+            raise DataError(f"{run}: the weights are damaged: {error}") from error
     network = model.build(config.model, generator(0, "init"))
-    mine = network.state_dict()
-    if {k: (t.shape, t.dtype) for k, t in weights.items()} != {
-        k: (t.shape, t.dtype) for k, t in mine.items()
-    }:
-        raise DataError(f"{run}: its weights are those of another network than its config's")
+    expected = {name: (tensor.shape, tensor.dtype) for name, tensor in network.state_dict().items()}
+    if {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()} != expected:
+        raise DataError(f"{run}: the weights belong to another network than the config")
     network.load_state_dict(weights)
     return TrainedModel(run, config, network.eval())
 
 
-def activation_stats(trained: TrainedModel, root: Path, most: int = 1000) -> list[ActivationStats]:
-    """How the network takes test pictures, the same inverted, noise, and another dataset's test pictures.
+def activation_stats(trained: TrainedModel, root: Path, limit: int = 1000) -> list[ActivationStats]:
+    """Activations on test images and out of distribution: inverted, noise, and another dataset's test images.
 
-    `root` is where datasets lie. The network's own is fetched if it is missing; another is left out.
+    At most `limit` images of each kind are used. The run's own dataset is downloaded to `root` if it is
+    missing; another dataset is used only if it is there.
 
     Raises:
-        DataError: if no source has the network's own dataset.
+        DataError: if the run's own dataset cannot be downloaded.
     """
-    own = _test_images(trained.config.data.name, root)[:most]
+    own = _test_images(trained.config.data.name, root)[:limit]
     noise = torch.randint(256, own.shape, dtype=torch.uint8, generator=generator(0, "noise"))
-    kinds = {"test pictures": own, "inverted": 255 - own, "noise": noise}
+    kinds = {"test images": own, "inverted": 255 - own, "noise": noise}
     for other, title in (("mnist", "digits"), ("fashion_mnist", "clothes")):
         if not trained.config.data.name.startswith(other) and download.is_downloaded(other, root):
-            kinds[title] = _test_images(other, root)[:most]
-    return [activations.reaction(trained.network, kind, images) for kind, images in kinds.items()]
+            kinds[title] = _test_images(other, root)[:limit]
+    return [activations.collect_stats(trained.network, kind, images) for kind, images in kinds.items()]
 
 
 def _test_images(name: str, root: Path) -> Tensor:
@@ -101,10 +101,10 @@ def _test_images(name: str, root: Path) -> Tensor:
 
 
 def classify(trained: TrainedModel, paths: Sequence[Path]) -> list[Prediction]:
-    """What the network takes the pictures in `paths` for.
+    """Predictions for the image files in `paths`.
 
     Raises:
-        ConfigError: if one of them is no picture, shows nothing, or is too large.
+        ConfigError: if one of them is not a readable image, is blank, or is too large.
     """
     images = torch.stack([read(path, trained.config.data.name) for path in paths])
     all_NK = activations.probabilities(trained.network, images)
@@ -117,10 +117,10 @@ def classify(trained: TrainedModel, paths: Sequence[Path]) -> list[Prediction]:
 
 
 def feature_maps(
-    trained: TrainedModel, found: Sequence[Prediction]
+    trained: TrainedModel, predictions: Sequence[Prediction]
 ) -> tuple[Tensor, list[tuple[str, Tensor]]]:
-    """The pictures, uint8 NHW, and what the first two convolutions' activations make of them, NCHW."""
-    images = torch.stack([prediction.image_CHW for prediction in found])
+    """The images, uint8 NHW, and for each of the first two activation layers its name and outputs, NCHW."""
+    images = torch.stack([prediction.image_CHW for prediction in predictions])
     outputs = activations.activations(trained.network, images)
     shown = [f"act{i}" for i in range(1, min(2, len(trained.config.model.channels)) + 1)]
     return images[:, 0], [(name, outputs[name]) for name in shown]
