@@ -246,9 +246,9 @@ def test_images_of_the_other_dataset_are_looked_at_if_they_are_there(trained, ex
         return examples.images_NCHW[:5]
 
     monkeypatch.setattr(predict, "_test_images", test_images)
-    monkeypatch.setattr(predict.download, "is_here", lambda name, root: name == "mnist")
-    kinds = [stats.kind for stats in predict.activation_stats(network, trained, most=3)]
+    monkeypatch.setattr(predict.download, "is_downloaded", lambda name, root: name == "mnist")
+    kinds = [stats.kind for stats in predict.activation_stats(network, trained, limit=3)]
     assert kinds[-1] == "digits"
     assert asked == ["fashion_mnist_mini", "mnist"]
-    monkeypatch.setattr(predict.download, "is_here", lambda name, root: False)
+    monkeypatch.setattr(predict.download, "is_downloaded", lambda name, root: False)
     assert [stats.kind for stats in predict.activation_stats(network, trained)] == kinds[:-1]
