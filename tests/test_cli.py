@@ -176,12 +176,17 @@ def listen():
                 except OSError:
                     return  # the client gave up, as it should
 
+        accepting = []
+
         def start(handle):
-            threading.Thread(target=accept, args=(handle,), daemon=True).start()
+            accepting.append(threading.Thread(target=accept, args=(handle,), daemon=True))
+            accepting[-1].start()
             return server.getsockname()[1]
 
         yield start
         server.shutdown(socket.SHUT_RDWR)
+        for thread in accepting:  # or the socket would be closed under it
+            thread.join()
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,9 @@ def test_idx_file_gives_back_what_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"", r"not an IDX file of bytes \(it starts with nothing\)"),
+        (b"", r"is not an IDX file of bytes \(its first bytes: none\)"),
         (b"\0\0\x0d\x01" + bytes(8), "not an IDX file of bytes"),
-        (b"\x1f\x8b\x08\x00", r"not an IDX file of bytes \(it starts with 1f8b0800\)"),
+        (b"\x1f\x8b\x08\x00", r"is not an IDX file of bytes \(its first bytes: 1f8b0800\)"),
         (b"\0\0\x08\x03\0\0", "truncated inside its header"),
         (idx((2, 3), [1, 2, 3, 4, 5]), "announces 6 values"),
         (idx((2, 3), [1] * 7), "announces 6 values"),

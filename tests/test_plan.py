@@ -102,7 +102,7 @@ def result(status, reason=None):
 
 def test_config_that_was_never_trained_is_trained(decide):
     job = decide()
-    assert (job.action, job.why, job.result) == ("train", "never trained", None)
+    assert (job.action, job.why, job.result) == ("train", "not trained before", None)
 
 
 def test_finished_run_is_skipped_and_its_result_is_kept(decide):

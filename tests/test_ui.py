@@ -223,7 +223,7 @@ def test_port_that_is_taken_is_refused_when_asked_for_and_avoided_otherwise(swee
     ("arguments", "reason"),
     [
         (["tracking=none"], "report.html"),
-        (["a", "b"], "name one"),
+        (["a", "b"], "give only one"),
         ([], "no runs yet"),
     ],
 )
