@@ -164,7 +164,7 @@ def _predict_arguments(arguments: list[str]) -> tuple[argparse.Namespace, Config
             "predict: needs an image file (python -m lenet_sweep predict RUN IMAGE...), or --ood"
         )
     if not options.images and (options.activations or options.json):
-        raise ConfigError("--activations and --json: need at least one image file")
+        raise ConfigError("--activations and --json: name at least one image file")
     return options, compose(overrides)
 
 

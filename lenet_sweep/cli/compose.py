@@ -49,7 +49,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         ConfigError: for an unknown key.
         HydraException: for text that is not an override.
     """
-    override = OverridesParser.create().parse_override(text)
+    (override,) = OverridesParser.create().parse_overrides([text])
     key = override.key_or_group
     if key not in parsing.known_keys():
         raise parsing.unknown_key(key)
