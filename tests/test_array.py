@@ -144,7 +144,7 @@ def test_sweep_fuses_where_it_is_asked_to_and_shorter_runs_are_gone_on_with(comm
     assert done.stdout.count("resuming after epoch 1 of") == 2
     done = command("reproduce", str(sweep / "0"))
     assert done.returncode == (0 if "identical" in done.stdout else 3)
-    assert ("equal but for rounding" in done.stdout) == (done.returncode == 3)
+    assert ("equal up to rounding" in done.stdout) == (done.returncode == 3)
 
 
 @pytest.mark.usefixtures("no_pictures")

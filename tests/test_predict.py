@@ -208,7 +208,8 @@ def test_out_of_distribution_images_are_compared_layer_by_layer(command, trained
 
 def test_command_without_pictures_or_with_strange_ones_is_refused(command, trained):
     assert command("predict", str(trained)).returncode == 2
-    assert "need at least one image file" in command("predict", str(trained), "--ood", "o.png", "--json", "x").stderr
+    done = command("predict", str(trained), "--ood", "o.png", "--json", "x")
+    assert "name at least one image file" in done.stderr
     assert command("predict", "no-such-run", "x.png").returncode == 2
 
 

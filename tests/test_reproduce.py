@@ -102,7 +102,7 @@ def test_run_that_was_cut_short_is_compared_as_far_as_it_went(cli, trained):
     done = cli("reproduce", str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "identical, bit for bit: every metric of 1 epoch\n" in done.stdout
-    assert "the original went as far as epoch 1 of 2" in done.stdout
+    assert "the original ended after epoch 1 of 2" in done.stdout
 
 
 def test_override_makes_a_variant_that_is_tagged_with_its_origin(cli, trained, tmp_path):
@@ -165,7 +165,7 @@ def test_weights_that_are_a_pickle_are_refused_unopened(cli, trained, tmp_path):
     (folder / "model" / "weights.safetensors").write_bytes(b"cposix\nsystem\n(S'touch pwned'\ntR.")
     done = cli("reproduce", str(folder))
     assert done.returncode == 2
-    assert "what is stored of the run is damaged" in done.stderr
+    assert "the stored data of the run is damaged" in done.stderr
     assert not (tmp_path / "pwned").exists()
 
 
@@ -190,7 +190,7 @@ def test_run_of_a_device_that_is_not_here_is_compared_on_another(cli, trained):
     config.write_text(config.read_text().replace("device: auto", "device: cuda:7"))
     done = cli("reproduce", str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "training on another device, where equal bits are not to be expected" in done.stdout
+    assert "training on another device; results are not bit-identical in general" in done.stdout
 
 
 @pytest.mark.parametrize("threads", [-1, 10**9, True, "many"])
@@ -213,7 +213,7 @@ def test_variant_of_something_that_no_config_has_is_refused(cli, trained, change
     [
         ("nowhere", "neither a folder, nor a config.yaml, nor a run id"),
         ("0123456789abcdef", "there are no runs yet in sqlite:///mlruns/mlflow.db"),
-        ("nowhere/config.yaml", "holds no run"),
+        ("nowhere/config.yaml", "contains no run"),
     ],
 )
 def test_run_that_is_not_there_is_named(cli, name, complaint):

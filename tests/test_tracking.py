@@ -123,7 +123,7 @@ def test_finished_runs_are_the_same_however_they_are_looked_for(
         end(run, tmp_path, "FAILED" if config_hash == "a2" else "FINISHED")
         latest[config_hash] = run.run_id
     monkeypatch.setattr(mlflow_query, "_PAGE", page)
-    monkeypatch.setattr(mlflow_query, "_QUESTIONS_A_PAGE", questions_a_page)
+    monkeypatch.setattr(mlflow_query, "_QUERIES_PER_PAGE", questions_a_page)
     found = open_store(store).finished(wanted)
     assert {key: result.run_id for key, result in found.items()} == {
         key: latest[key] for key in ("a0", "a1", "a3")

@@ -199,7 +199,7 @@ def test_best_run_stands_for_the_sweep_and_has_its_report(sweep, original):
     assert having[0].data.params["lr"] == best
     assert having[0].data.metrics["test/acc"] == max(of_lr[best])
     note = having[0].data.tags["mlflow.note.content"]
-    assert f"stands for sweep `{sweep.name}`" in note
+    assert f"best run of sweep `{sweep.name}`" in note
     assert "Best: lr=" in note
 
 

@@ -1,4 +1,4 @@
-"""What a machine has to train with, as far as can be told without torch."""
+"""The cores, GPUs and memory of a machine, found without torch."""
 
 import os
 from dataclasses import dataclass

@@ -47,7 +47,7 @@ def _compile_ahead(config: Config) -> None:
 
 
 def recover(store: Store, say: Callable[[str], None]) -> None:
-    """Complete and close in the store what a dead process or tracking server left behind."""
+    """Sync what the store missed, and close runs whose process was killed."""
     synced, problems = recovery.sync_all()
     if synced:
         say(f"synced {synced} runs that the tracking store had missed")

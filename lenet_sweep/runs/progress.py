@@ -1,7 +1,7 @@
-"""What a user sees while runs train: a live line for each on a terminal, plain lines elsewhere.
+"""What is shown while runs train: a live line for each run on a terminal, plain lines otherwise.
 
-Runs speak to an audience. It is this process's screen, unless `audience` puts another in its place:
-a sweep's screen adds a line of totals, and a worker process passes everything on to the sweep's.
+Runs report to the current `Reporter`. By default this is the process's screen. `reporting_to` replaces it: a
+sweep's screen adds a line of totals, and a worker process forwards everything to the sweep's process.
 """
 
 import contextlib
@@ -25,22 +25,26 @@ log = logging.getLogger("lenet_sweep")
 
 
 class Reporter(Protocol):
-    """Who is told about runs; `run` is a run's label among others, '' for a single one."""
+    """Receives the progress of runs. `run` is the label of a job of a sweep, '' for a single run."""
 
-    def line(self, text: str) -> None: ...
+    def line(self, text: str) -> None:
+        """Print a line of text."""
+
     def detail(self, text: str) -> None:
-        """A line for those who see no live one."""
+        """Print a line that repeats what a live line shows already."""
 
-    def progress(self, run: str, epoch: float, epochs: int, numbers: str) -> None: ...
+    def progress(self, run: str, epoch: float, epochs: int, numbers: str) -> None:
+        """The run has trained `epoch` of `epochs`; `numbers` is its loss and accuracy as text."""
+
     def stopped(self, run: str) -> None:
-        """The run trains no longer, for whatever reason."""
+        """The run no longer trains."""
 
     def job_done(self, run: str, failed: bool) -> None:
-        """Nothing more will be heard of this job of a sweep, also if it never trained."""
+        """The job has ended, even if it never trained."""
 
 
 class Screen:
-    """Standard output: a live line for each run that trains, if it is a terminal."""
+    """Standard output, with a live line for each run in training if it is a terminal."""
 
     def __init__(self) -> None:
         self._live: Progress | None = None
@@ -76,7 +80,7 @@ class Screen:
         screen = console()
         if self._live or not screen.is_terminal:
             return
-        # Runs of a sweep come and go; what is left is judged by more than the last of them.
+        # Runs of a sweep start and end, so the time left is estimated from the last two minutes.
         self._live = Progress(*_columns(), console=screen, transient=True, speed_estimate_period=120)
         self._live.start()
 
@@ -87,10 +91,10 @@ class Screen:
 
 
 class SweepScreen(Screen):
-    """A screen with a line of totals, live or after each job: how many are done, failed, time left."""
+    """A screen with a line of totals, live or after each job: jobs done and failed, time left."""
 
     def __init__(self, costs: Mapping[str, float]) -> None:
-        """`costs` has every job, and how many epochs are left for it to train."""
+        """`costs` maps the label of every job to the number of epochs that it has to train."""
         super().__init__()
         self._costs = costs
         self._first: dict[str, float] = {}  # where a job that trains now began, in epochs
@@ -152,7 +156,7 @@ _reporter: Reporter = Screen()
 
 @contextlib.contextmanager
 def reporting_to(other: Reporter) -> Iterator[None]:
-    """Tell another audience for a while."""
+    """Report to `other` within the block."""
     global _reporter
     before, _reporter = _reporter, other
     try:
@@ -162,24 +166,24 @@ def reporting_to(other: Reporter) -> Iterator[None]:
 
 
 def current() -> Reporter:
-    """Who is told now."""
+    """The current reporter."""
     return _reporter
 
 
 def console() -> Console:
-    """Standard output; where that is no terminal, wide enough that nothing is cut or wrapped."""
-    found = _Console(highlight=False)
-    return found if found.is_terminal else _Console(highlight=False, width=240)
+    """Standard output. If it is not a terminal, it is 240 columns wide, so that no table is wrapped."""
+    screen = _Console(highlight=False)
+    return screen if screen.is_terminal else _Console(highlight=False, width=240)
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Go on without an audience: `| head` must not end a training, as rich would have it."""
+        """Discard further output. Rich would exit, but `| head` must not end a training."""
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(line: str, run: str = "") -> None:
-    """Print a line for the user, about `run` if that is named, and keep it in the run's log file."""
+    """Print a line, prefixed by the label `run` if there is one, and write it to the log file."""
     line = f"{run}: {line}" if run else line
     _reporter.line(line)
     log.info("%s", line)
@@ -191,13 +195,13 @@ def job_done(run: str, failed: bool) -> None:
 
 
 def layer_table(layers: list[Layer]) -> str:
-    """Every layer's output shape for one image, a line each."""
+    """One line per layer, with its output shape for one image."""
     lines = [f"{layer.name:<10}{layer.kind:<12}{layer.output_shape}" for layer in layers]
     return "\n".join(["layer     kind        output shape", *lines])
 
 
 def epoch_line(metrics: "EpochMetrics", epochs: int) -> str:
-    """One epoch in words and numbers."""
+    """The metrics of one epoch as a line of text."""
     val = f"val acc {metrics.val_acc:.3f}  " if metrics.val_acc is not None else ""
     return (
         f"epoch {metrics.epoch:>{len(str(epochs))}}/{epochs}  train loss {metrics.train_loss:.3f}  "

@@ -1,8 +1,8 @@
-"""Train a run again from its stored config alone, and tell whether every bit is the same.
+"""Train a run again from its stored config, and report whether every bit is the same.
 
-A RUN is an MLflow run id or a unique prefix of one, an output folder, or a config.yaml. What is
-fetched may come from anybody's server: it is read as data (YAML, JSON, safetensors), its paths are
-not used, and nothing in it is imported or executed.
+A RUN is an MLflow run id or a unique prefix of one, an output folder, or a config.yaml. The stored files may
+come from an untrusted server: they are read as data (YAML, JSON, safetensors), their paths are not used, and
+nothing in them is imported or executed.
 """
 
 import dataclasses
@@ -35,13 +35,13 @@ from lenet_sweep.training.state import prepare
 
 _FILES = ("config.yaml", "metrics.jsonl", "environment.json", "model/weights.safetensors")
 
-# Surroundings that decide bits; a commit's name does not.
+# Parts of the environment that can change bits; the commit and the code version are reported, too.
 _DECISIVE = ("python", "cpu", "device", "threads", "backend", "packages torch", "packages numpy")
 
 
 @dataclass(frozen=True)
 class Original:
-    """What is stored of a run; `weights_sha256` is None if it did not reach its end."""
+    """The stored data of a run; `weights_sha256` is None if it did not finish."""
 
     name: str
     config: Config
@@ -52,7 +52,7 @@ class Original:
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of one epoch that came out otherwise."""
+    """One metric of one epoch that differs."""
 
     epoch: int
     metric: str
@@ -68,36 +68,38 @@ class Difference:
 class Reproduction:
     """The comparison of a run with its repetition."""
 
-    epochs: int  # how many are stored of the original, and were compared
+    epochs: int  # number of epochs that are stored of the original, all of which were compared
     planned_epochs: int
     differences: tuple[Difference, ...]  # in the order of epochs
     weights_differ: bool | None  # None: no final weights of the original are stored
-    surroundings: tuple[str, ...]  # what was another than at the time of the original
+    environment_changes: tuple[str, ...]  # a line for each difference between the environments
 
     @property
     def identical(self) -> bool:
         return not self.differences and not self.weights_differ
 
     def lines(self) -> list[str]:
-        """The verdict in words, the word that counts first."""
+        """The outcome as lines of text, the most important one first."""
         if self.identical:
             weights = "" if self.weights_differ is None else " and the weights"
             lines = [f"identical, bit for bit: every metric of {_epochs(self.epochs)}{weights}"]
         else:
             lines = ["different", *self._differences()]
         if self.epochs < self.planned_epochs:
-            lines.append(f"the original went as far as epoch {self.epochs} of {self.planned_epochs}")
+            lines.append(f"the original ended after epoch {self.epochs} of {self.planned_epochs}")
         if self.weights_differ is None:
-            lines.append("no final weights of the original are stored, so its metrics alone were compared")
-        if self.surroundings:
-            lines += ["other than at the time of the original:", *(f"  {s}" for s in self.surroundings)]
-        if "backend: fused" in " ".join(self.surroundings) and not self.identical:
+            lines.append("the original has no stored weights, so only its metrics were compared")
+        if self.environment_changes:
+            lines += ["differences between the environments:", *(f"  {s}" for s in self.environment_changes)]
+        if "backend: fused" in " ".join(self.environment_changes) and not self.identical:
             lines.append(
-                "it was trained in an array with other runs (sweep.fuse): alone it comes out equal but for "
-                "rounding, which ReLU with max pooling enlarges; equal bits are not promised"
+                "the original was trained in an array with other runs (sweep.fuse): a single run is "
+                "equal up to rounding, which ReLU with max pooling amplifies, but not bit-identical"
             )
-        elif any(s.startswith(_DECISIVE) for s in self.surroundings) and not self.identical:
-            lines.append("on another device, library or number of threads equal bits are not to be expected")
+        elif any(s.startswith(_DECISIVE) for s in self.environment_changes) and not self.identical:
+            lines.append(
+                "with another device, library or number of threads, results are not bit-identical in general"
+            )
         return lines
 
     def _differences(self) -> list[str]:
@@ -119,21 +121,21 @@ def _epochs(n: int) -> str:
 
 
 def find(name: str, store: Store) -> Original:
-    """Read what is stored of the run `name`: a folder, a config.yaml, or an id in `store`.
+    """Read the stored data of the run `name`: a folder, a config.yaml, or an id in `store`.
 
     Raises:
-        ConfigError: if there is no such run, or its config is none that can be trusted.
-        DataError: if what is stored of it is damaged.
+        ConfigError: if there is no such run, or its config is not valid.
+        DataError: if its stored data is damaged.
         TrackingError: if the store cannot be asked.
     """
     with stored(name, store, _FILES) as (folder, run_id, metrics):
         original = _from_folder(folder, run_id)
-    # The store's numbers are those that people read and compare.
+    # The store's numbers are the ones that users read and compare.
     return dataclasses.replace(original, metrics=_exact(metrics)) if metrics else original
 
 
 def again(original: Original, data_root: str) -> Reproduction:
-    """Train the original's config once more, with its number of threads, as far as it went, and compare.
+    """Train the original's config again, with its threads and for its number of epochs, and compare.
 
     Raises:
         LenetSweepError: if it cannot be trained here, or nothing is stored to compare with.
@@ -162,10 +164,10 @@ def again(original: Original, data_root: str) -> Reproduction:
 
 
 def _for_here(original: Original, data_root: str) -> Config:
-    """The original's config with this machine's folder of datasets, its device if there is one, its threads,
-    and its kind of step if that can be had (runs from before there was a choice took torch's).
+    """The original's config for this machine: its number of threads, its device and backend if available.
 
-    A stored config may come from anywhere: the paths and the store in it are never used.
+    Runs without a stored backend are older than the native one and used torch's. A stored config is
+    untrusted: its paths and its store are never used.
     """
     config = dataclasses.replace(
         original.config, data=dataclasses.replace(original.config.data, root=data_root)
@@ -178,7 +180,7 @@ def _for_here(original: Original, data_root: str) -> Config:
     try:
         devices.resolve(config.device)
     except DeviceError as error:
-        progress.say(f"{error}\ntraining on another device, where equal bits are not to be expected")
+        progress.say(f"{error}\ntraining on another device; results are not bit-identical in general")
         config = dataclasses.replace(config, device="auto")
     return config
 
@@ -210,7 +212,7 @@ def variant(
 
 def _from_folder(folder: Path, name: str) -> Original:
     if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{name!r}: holds no run (there is no {folder / 'config.yaml'})")
+        raise ConfigError(f"{name!r}: contains no run (there is no {folder / 'config.yaml'})")
     config = parsing.load(folder / "config.yaml")
     try:
         records = metrics_file.read(folder / "metrics.jsonl", strict=True)
@@ -218,7 +220,7 @@ def _from_folder(folder: Path, name: str) -> Original:
         weights = folder / "model" / "weights.safetensors"
         digest = checkpoint.digest(load_file(weights)) if weights.exists() else None
     except (OSError, ValueError, SafetensorError) as error:
-        raise DataError(f"{name}: what is stored of the run is damaged: {error}") from error
+        raise DataError(f"{name}: the stored data of the run is damaged: {error}") from error
     metrics = _exact({record.metrics.epoch: record.named() for record in records})
     return Original(name, config, metrics, digest, environment if isinstance(environment, dict) else {})
 
@@ -228,7 +230,7 @@ def _read(path: Path) -> str:
 
 
 def _exact(metrics: Metrics) -> Metrics:
-    """Without speed, which is another each time."""
+    """Without the speed metrics, which differ every time."""
     return {
         epoch: {name: value for name, value in values.items() if not name.startswith("speed/")}
         for epoch, values in metrics.items()
@@ -257,7 +259,7 @@ def _same(before: float, now: float | None) -> bool:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """What of two environments differs, one line each."""
+    """A line for each difference between two environments."""
     lines = []
     for key in now:
         old, new = before.get(key), now[key]

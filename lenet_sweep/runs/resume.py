@@ -108,8 +108,8 @@ def _restore(
 def claim_folder(spec: RunSpec) -> None:
     """Make the run's folder its own by creating its config.yaml.
 
-    A folder in which this very config was trained until its process was killed is taken over: whoever
-    holds the config's lock is the only one there.
+    A folder in which the same config was trained until its process was killed is reused. The caller holds the
+    config's lock, so no other process uses it.
 
     Raises:
         OutputError: if the folder holds another run or cannot be written.

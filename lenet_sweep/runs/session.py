@@ -1,4 +1,4 @@
-"""A run while it trains: started or resumed, recorded after every epoch, and ended, whatever ends it."""
+"""A run while it trains: started or resumed, recorded after every epoch, and ended in any case."""
 
 import contextlib
 import logging

@@ -1,9 +1,8 @@
-"""A run's state after an epoch, in one file that is whole or not there.
+"""A run's state after an epoch, in one file that is written atomically.
 
-The file is safetensors (no pickle): weights and optimizer state as tensors; the epoch, the
-schedule, the learning rates and the metrics so far as JSON beside them, with a SHA-256 over all of
-it, so that a damaged file is known as one. There are no generators to keep: an epoch's randomness
-follows from the seed and the epoch's number (`randomness`).
+The file is safetensors (no pickle): weights and optimizer state as tensors; epoch, schedule, learning rates
+and metrics so far as JSON in its metadata. A SHA-256 over everything detects damage. No generator state is
+stored: the randomness of an epoch follows from the seed and the epoch's number (`training.randomness`).
 """
 
 import hashlib
@@ -24,7 +23,7 @@ Schedule = torch.optim.lr_scheduler.LRScheduler
 
 
 class Damaged(Exception):
-    """The file is not a checkpoint of this run, or not a whole one."""
+    """The file is not a checkpoint of this run, or it is incomplete."""
 
 
 def save(
@@ -108,7 +107,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def digest(tensors: dict[str, Tensor], text: str = "") -> str:
-    """SHA-256 over the names, shapes, types and bits of `tensors`, on whatever device, and over `text`."""
+    """SHA-256 over the names, shapes, types and bits of `tensors`, on any device, and over `text`."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}\n".encode())

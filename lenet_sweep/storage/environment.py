@@ -1,4 +1,4 @@
-"""TODO storage.environment."""
+"""The environment of a run: machine, versions, and the state of the code's checkout."""
 
 import functools
 import hashlib
@@ -30,7 +30,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Git:
-    """The checkout that the code runs from; None and False where it is no checkout (a wheel)."""
+    """The state of the code's checkout; None and False for an installed wheel."""
 
     commit: str | None
     dirty: bool
@@ -38,8 +38,8 @@ class Git:
 
 @functools.cache
 def git_state() -> Git:
-    """The commit that the package's own source was checked out from."""
-    # A virtual environment inside somebody's repository is not that repository's code.
+    """The commit of the package's own source, and whether the checkout has changes."""
+    # A virtual environment inside another repository does not belong to that repository.
     if _git("ls-files", "--error-unmatch", "__init__.py") is None:
         return Git(None, False)
     return Git(_git("rev-parse", "HEAD"), bool(_git("status", "--porcelain", "--untracked-files=no", ":/")))
@@ -47,9 +47,9 @@ def git_state() -> Git:
 
 @functools.cache
 def uncommitted_diff() -> str | None:
-    """What the code's checkout has on top of its commit, as a diff; None if that is nothing.
+    """The uncommitted changes of the code's checkout as a diff; None if there are none.
 
-    At most 256 KiB are kept, with a note if that cut it.
+    It is cut after 256 KiB, with a note.
     """
     if not git_state().dirty:
         return None
@@ -62,7 +62,7 @@ def uncommitted_diff() -> str | None:
 
 
 def describe_environment(device: str, threads: int, backend: str) -> dict[str, Any]:
-    """Where a run took place, for `environment.json`. `device` is in words, `backend` torch or native."""
+    """The content of `environment.json`; `device` is text, `backend` is torch, native or fused."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -85,7 +85,7 @@ def _digest(text: str | None) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """The output of a git command in the package's folder; None if it fails or there is no git."""
+    """The output of a git command in the package's folder; None if it fails or git is not installed."""
     try:
         done = subprocess.run(
             ["git", *arguments],

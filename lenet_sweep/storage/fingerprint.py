@@ -9,29 +9,29 @@ from lenet_sweep.config import parsing
 from lenet_sweep.config.schema import Config, CosineScheduleConfig
 from lenet_sweep.paths import PACKAGE
 
-# Fields that cannot change a number: where things lie, what is watched, and mere labels.
+# Fields that cannot change a number: folders, tracking, profiling, labels.
 RESULT_FREE = ("data.root", "model.name", "profile", "sweep", "tracking")
 
 
 def config_hash(config: Config) -> str:
-    """16 hex digits over all that decides a run's numbers: the config and the code's version.
+    """16 hex digits over everything that decides a run's numbers: the config and the code version.
 
-    It is the same on every machine and Python version. `device` and `threads` enter as they were
-    written, so "auto" means whatever the machine at hand makes of it.
+    It is the same on every machine and Python version. `device` and `threads` enter as written, so "auto"
+    covers what it resolves to on any machine.
     """
     return _hash(config, RESULT_FREE)
 
 
 def trajectory_hash(config: Config) -> str:
-    """16 hex digits that runs share if the one with fewer epochs is the beginning of the other.
+    """16 hex digits that two runs share if the one with fewer epochs is a prefix of the other.
 
-    That is all but the number of epochs, unless the schedule depends on it.
+    The number of epochs is left out, unless the schedule depends on it.
     """
     return _hash(config, RESULT_FREE if depends_on_epochs(config) else (*RESULT_FREE, "epochs"))
 
 
 def depends_on_epochs(config: Config) -> bool:
-    """Whether already the first epochs depend on how many there will be."""
+    """Whether the first epochs already depend on the number of epochs."""
     return isinstance(config.schedule, CosineScheduleConfig)
 
 

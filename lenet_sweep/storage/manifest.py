@@ -73,7 +73,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest in a sweep's folder; None if there is none that can be read."""
+    """The manifest in a sweep's folder; None if it is missing or damaged."""
     try:
         values = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
         return Manifest(

@@ -68,7 +68,7 @@ def parse(text: str) -> EpochRecord:
 
 
 def read(path: Path, *, strict: bool = False) -> list[EpochRecord]:
-    """The records in a metrics.jsonl, none if there is no such file.
+    """The records in a metrics.jsonl; an empty list if it does not exist.
 
     A damaged line, as a crash can leave it, is skipped.
 

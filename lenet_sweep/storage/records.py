@@ -1,9 +1,9 @@
-"""What is known of a run after the fact, from whatever source: its params, its metrics, how it ended.
+"""A run after the fact, from a folder or a store: its params, its metrics, how it ended.
 
-    outputs/sweeps/X/sweep.json                                     the plan, with every job's config
-    outputs/sweeps/X/N/{config.yaml,metrics.jsonl,result.json}      what run N left
+    outputs/sweeps/X/sweep.json                                     the manifest, with every job's config
+    outputs/sweeps/X/N/{config.yaml,metrics.jsonl,result.json}      the files of run N
 
-All of it is only data: text that is shown and numbers that are compared, whoever wrote them.
+Records are untrusted data: text that is shown and numbers that are compared.
 """
 
 import json
@@ -19,7 +19,7 @@ from lenet_sweep.storage import metrics_file, run_index
 from lenet_sweep.storage.manifest import read_manifest
 from lenet_sweep.storage.result import read_result
 
-# Of every metric: whether more of it is better.
+# For every metric: whether higher values are better.
 MORE_IS_BETTER = {
     "train/loss": False,
     "train/acc": True,
@@ -59,7 +59,7 @@ class Record:
         return self.status == "FINISHED" and not self.collapsed
 
     def last(self, metric: str) -> float | None:
-        """The value after the last epoch; None if there is none, or no number."""
+        """The value after the last epoch; None if there is none, or it is not finite."""
         values = self.history.get(metric)
         return _number(values[max(values)]) if values else None
 
@@ -85,7 +85,9 @@ def of_sweep(folder: Path) -> list[Record]:
     if manifest is None or not manifest.jobs:
         numbers = _numbered(folder)
         if not numbers:
-            raise ConfigError(f"{str(folder)!r}: holds no sweep (there is no sweep.json and no numbered run)")
+            raise ConfigError(
+                f"{str(folder)!r}: contains no sweep (there is no sweep.json and no numbered run)"
+            )
         return [of_folder(folder / str(number)) for number in numbers]
     found = [of_folder(folder / str(number), job.config) for number, job in enumerate(manifest.jobs)]
     for i, job in enumerate(manifest.jobs):
@@ -125,7 +127,7 @@ def of_folder(folder: Path, values: dict[str, Any] | None = None) -> Record:
 
 
 def params(config: dict[str, Any]) -> dict[str, str]:
-    """A config, flattened and spelt as MLflow keeps it."""
+    """A config, flattened, as MLflow stores it."""
     return {key: str(value)[:PARAM_LENGTH] for key, value in parsing.flatten(config)}
 
 
@@ -139,10 +141,7 @@ def read_history(path: Path) -> dict[str, History]:
 
 
 def without_repeats(found: Sequence[Record]) -> list[Record]:
-    """One record of each config: equal configs give equal bits, and must not count as two seeds.
-
-    Of several, the latest finished one is kept.
-    """
+    """One record per config hash, the latest finished one: equal configs must not count as two seeds."""
     kept: dict[str, Record] = {}
     for record in sorted(found, key=lambda r: (r.status == "FINISHED", r.start_ms)):
         key = record.config_hash or record.name
@@ -153,7 +152,7 @@ def without_repeats(found: Sequence[Record]) -> list[Record]:
 
 
 def _numbered(folder: Path) -> list[int]:
-    """The numbers of the runs in a sweep's folder that has lost its plan."""
+    """The numbers of the runs in a sweep's folder without a manifest."""
     return sorted(
         int(path.parent.name) for path in folder.glob("[0-9]*/config.yaml") if path.parent.name.isdecimal()
     )
@@ -175,5 +174,5 @@ def _modified_ms(path: Path) -> int:
 
 
 def _number(x: float) -> float | None:
-    """None for what is no number; a store keeps an infinite one as the largest float there is."""
+    """None for a value that is not finite; stores keep infinity as the largest float."""
     return x if math.isfinite(x) and abs(x) < 1e300 else None

@@ -1,4 +1,4 @@
-"""TODO storage.result."""
+"""result.json: how a run ended."""
 
 import dataclasses
 import json
@@ -13,11 +13,11 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended, as `result.json` in its folder keeps it. `metrics` are its last epoch's."""
+    """How a run ended. `metrics` are those of its last epoch, `seconds` those of its last session."""
 
     status: Status
     reason: str | None
-    collapsed: bool  # it ended no better than guessing: accuracy at chance, loss at ln(classes) or above
+    collapsed: bool  # no better than guessing: accuracy at chance, loss at ln(classes) or above
     run_id: str | None
     config_hash: str
     seconds: float

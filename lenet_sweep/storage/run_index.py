@@ -1,12 +1,12 @@
-"""Who trains what in this folder: one entry for each config's hash, kept in outputs/.ledger.
+"""The index of all runs of a folder: an entry per config hash, in outputs/.ledger.
 
-    outputs/.ledger/HASH.json   where the latest run of this config is, and its run in MLflow
-                    HASH.lock   held while a process trains it; the system lets go when that dies
-                    TRAJECTORY-EPOCHS.json  a finished run that one with more epochs begins with
-                    unsynced/   runs that the tracking store has not got in full
+    outputs/.ledger/HASH.json               the folder of the latest run of this config, and its MLflow run
+                    HASH.lock               held by the process that trains it, released by the system
+                    TRAJECTORY-EPOCHS.json  a finished run from which one with more epochs can resume
+                    unsynced/               runs that the tracking store does not have in full
 
-A process that holds a config's lock is the only one that trains it, so two sweeps at once train
-nothing twice; an entry whose lock is free and whose run has no result was interrupted.
+Only the process that holds a config's lock trains it, so two concurrent sweeps train nothing twice. A run was
+interrupted if its lock is free and it has no result.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from lenet_sweep.errors import OutputError
 from lenet_sweep.paths import lock_file, write_atomic
 from lenet_sweep.storage.result import Result, read_result
 
-INDEX = Path("outputs") / ".ledger"  # below the folder that the command is run in
+INDEX = Path("outputs") / ".ledger"  # below the current folder; the name is that of older versions
 CHECKPOINT = "checkpoint.safetensors"  # in a run's folder: its state after the last whole epoch
 
 
@@ -38,10 +38,10 @@ class Entry:
 
 @contextmanager
 def claim(config_hash: str, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold a config's lock; if another process trains it, call `waiting` and wait until that ends.
+    """Hold a config's lock. If another process trains the config, call `waiting` and wait for it.
 
     Raises:
-        OutputError: if the ledger cannot be written.
+        OutputError: if the index cannot be written.
     """
     try:
         INDEX.mkdir(parents=True, exist_ok=True)
@@ -53,18 +53,18 @@ def claim(config_hash: str, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 def add(config_hash: str, entry: Entry) -> None:
-    """Write down where the run of this config is; the caller holds its lock."""
+    """Add the latest run of this config; the caller holds its lock."""
     folder = entry.folder.absolute()
     here = Path.cwd()
     values = dataclasses.asdict(entry) | {
-        # Relative where it can be, so that the whole folder may be moved.
+        # Relative if possible, so that the whole folder can be moved.
         "folder": str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
     }
     write_atomic(INDEX / f"{config_hash}.json", json.dumps(values))
 
 
 def look_up(config_hash: str) -> Entry | None:
-    """The entry of this config; None if there is none that can be read."""
+    """The entry of this config; None if it is missing or damaged."""
     try:
         values = json.loads((INDEX / f"{config_hash}.json").read_text(encoding="utf-8"))
         return Entry(Path(values["folder"]), values["store"], values["run_id"])
@@ -73,19 +73,19 @@ def look_up(config_hash: str) -> Entry | None:
 
 
 def finished(config_hash: str) -> Result | None:
-    """The result of the latest run of this config if that is finished, whatever store it is tracked in."""
+    """The result of the latest run of this config, in any store; None if that run is not finished."""
     entry = look_up(config_hash)
     result = read_result(entry.folder) if entry else None
     return result if result and result.status == "FINISHED" else None
 
 
 def add_trajectory(trajectory: str, epochs: int, entry: Entry) -> None:
-    """Write down that a finished run holds the state of this trajectory after so many epochs."""
+    """Add a finished run that has the state of this trajectory after `epochs` epochs."""
     add(f"{trajectory}-{epochs}", entry)
 
 
 def longest_prefix(trajectory: str, epochs: int) -> Entry | None:
-    """The finished run that got furthest along this trajectory in fewer than so many epochs, if any did."""
+    """The longest finished run of this trajectory with fewer than `epochs` epochs; None without one."""
     known = (path.stem.rpartition("-")[2] for path in INDEX.glob(f"{trajectory}-*.json"))
     shorter = sorted((int(text) for text in known if text.isdecimal() and int(text) < epochs), reverse=True)
     entries = (look_up(f"{trajectory}-{length}") for length in shorter)
@@ -94,7 +94,7 @@ def longest_prefix(trajectory: str, epochs: int) -> Entry | None:
 
 @contextmanager
 def claim_if_free(config_hash: str) -> Iterator[bool]:
-    """Hold a config's lock if no process trains it; the block is told whether that is so."""
+    """Hold a config's lock if it is free, and yield whether it is."""
     INDEX.mkdir(parents=True, exist_ok=True)
     lock = FileLock(str(INDEX / f"{config_hash}.lock"))
     try:
@@ -109,7 +109,7 @@ def claim_if_free(config_hash: str) -> Iterator[bool]:
 
 
 def is_claimed(config_hash: str) -> bool:
-    """Whether a process trains this config now."""
+    """Whether a process is training this config."""
     if not (INDEX / f"{config_hash}.lock").exists():
         return False
     with claim_if_free(config_hash) as free:
@@ -117,21 +117,21 @@ def is_claimed(config_hash: str) -> bool:
 
 
 def mark_unsynced(folder: Path) -> None:
-    """Remember that the store has not got all of the run in `folder`."""
+    """Mark the run in `folder` as not fully in its tracking store."""
     (INDEX / "unsynced").mkdir(parents=True, exist_ok=True)
     write_atomic(_mark(folder), str(folder.absolute()))
 
 
 def mark_synced(folder: Path) -> None:
-    """Forget it again."""
+    """Remove that mark."""
     _mark(folder).unlink(missing_ok=True)
 
 
 def unsynced() -> list[Path]:
-    """The folder of each run that the store has not got in full."""
+    """The folders of all marked runs."""
     folders = []
     for mark in sorted((INDEX / "unsynced").glob("[!.]*")):
-        with suppress(FileNotFoundError):  # another process has just delivered it
+        with suppress(FileNotFoundError):  # another process has just synced it
             folders.append(Path(mark.read_text(encoding="utf-8")))
     return folders
 

@@ -48,7 +48,7 @@ class Store(Protocol):
     ) -> RunLogger:
         """Start a run, or resume `run_id`; its params are those of `folder`/config.yaml.
 
-        A server that is out of reach is no error: the run is then created later, by `recovery.sync_run`.
+        An unreachable server is not an error: `recovery.sync_run` then creates the run later.
         """
 
     def finished(self, hashes: Collection[str]) -> dict[str, Result]:

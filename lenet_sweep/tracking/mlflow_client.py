@@ -1,4 +1,4 @@
-"""TODO tracking.mlflow_client."""
+"""MLflow's client: connecting, checking a server or database, its errors, creating a database."""
 
 import http.client
 import json
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-_SILENCE_S = 3.0  # a server that sends nothing for so long does not respond
-_ANSWER_S = 4.0  # nor does one whose whole answer takes longer
+_SILENCE_S = 3.0  # a server that sends nothing for this long does not respond
+_ANSWER_S = 4.0  # a server whose complete response takes longer does not, either
 SQLITE = "sqlite:///"
-NOTE = "mlflow.note.content"  # the tag whose Markdown MLflow's pages show as a description
+NOTE = "mlflow.note.content"  # the tag that MLflow shows as the description, in Markdown
 _ABOUT = """Each run is one training of a LeNet variant, tagged with the `sweep_id` it belongs to.
 
-- `python -m lenet_sweep ui` opens the latest sweep's runs, with curves and what was swept
-- `python -m lenet_sweep compare` says which setting is best, and which cannot be told from it
-- `python -m lenet_sweep reproduce RUN` trains a run again, and compares every bit
+- `python -m lenet_sweep ui` opens the latest sweep: its runs, their curves, the swept keys
+- `python -m lenet_sweep compare` shows which setting is best, and which are not significantly worse
+- `python -m lenet_sweep reproduce RUN` trains a run again and compares every bit
 
-The best run of a sweep stands for it: `report.html` is among its artifacts.
+The report of a sweep, `report.html`, is an artifact of its best run.
 """
-# A dead server blocks each call for minutes at MLflow's own defaults; what is lost is sent again by us.
+# With MLflow's defaults, each call to a server that is down blocks for minutes. `recovery` retries later.
 _CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -51,7 +51,7 @@ def check(config: MlflowConfig) -> None:
     """Refuse a store that cannot be reached, within four seconds and without importing mlflow.
 
     Raises:
-        TrackingError: if the server does not answer, or the database is none or cannot be written.
+        TrackingError: if the server does not respond, or the database is not one or cannot be written.
         OutputError: if the database's folder cannot be written.
     """
     if is_server(config.uri):
@@ -64,7 +64,7 @@ def check(config: MlflowConfig) -> None:
 
 
 def check_filled(config: MlflowConfig) -> None:
-    """Refuse a store that there is nothing in yet, or that cannot be reached, as `check` does.
+    """Refuse a store that has no runs yet, or that `check` refuses.
 
     Raises:
         ConfigError, OutputError, TrackingError
@@ -75,10 +75,10 @@ def check_filled(config: MlflowConfig) -> None:
 
 
 def serves(address: str, config: MlflowConfig) -> bool:
-    """Whether the server at `address`, of whatever kind, is MLflow's and has this very store."""
+    """Whether the server at `address` is MLflow's and serves the store of `config`."""
     from mlflow import MlflowClient
 
-    # Not by MLflow's client: it would show its password to whoever listens there.
+    # MLflow's client is not used, because it would send its password to an unknown server.
     name = urllib.parse.quote(config.experiment)
     try:
         check_server(address)
@@ -88,7 +88,7 @@ def serves(address: str, config: MlflowConfig) -> bool:
         here = MlflowClient(absolute(config.uri)).get_experiment_by_name(config.experiment)
     except any_errors():
         return False
-    except (KeyError, TypeError, ValueError, http.client.HTTPException):  # of what is no MLflow server
+    except (KeyError, TypeError, ValueError, http.client.HTTPException):  # not an MLflow server
         return False
     return here is not None and all(
         str(there.get(part)) == str(getattr(here, part))
@@ -97,7 +97,7 @@ def serves(address: str, config: MlflowConfig) -> bool:
 
 
 def answers(address: str) -> bool:
-    """Whether a server answers there by now."""
+    """Whether a server responds at `address`."""
     try:
         urllib.request.urlopen(f"{address}/health", timeout=1).close()
     except (OSError, http.client.HTTPException):
@@ -111,8 +111,8 @@ def connect(uri: str) -> "MlflowClient":
         os.environ.setdefault(key, value)
     from mlflow import MlflowClient
 
-    for chatty in ("mlflow.store.db.utils", "alembic"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for verbose in ("mlflow.store.db.utils", "alembic"):
+        logging.getLogger(verbose).setLevel(logging.WARNING)
     uri = absolute(uri)
     if uri.startswith(SQLITE):
         _create_database(database_path(uri))
@@ -120,27 +120,27 @@ def connect(uri: str) -> "MlflowClient":
 
 
 @contextmanager
-def querying(config: MlflowConfig, chosen: str = "") -> Iterator["MlflowClient"]:
-    """A client of a store that answers; errors in our words. `chosen` is the filter that it is asked with.
+def querying(config: MlflowConfig, where: str = "") -> Iterator["MlflowClient"]:
+    """A client of the store; its errors become ours. `where` is the filter that is queried with.
 
     Raises:
-        ConfigError: if there is nothing in the store yet, or it does not understand the filter.
-        TrackingError: if it cannot be asked.
+        ConfigError: if the store has no runs yet, or does not understand the filter.
+        TrackingError: if it cannot be reached.
     """
     check_filled(config)
     try:
         yield connect(config.uri)
     except store_errors() as error:
-        if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE" and chosen:
+        if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE" and where:
             raise ConfigError(
-                f"MLflow does not understand the filter {chosen}: {first_line(error)}\n"
+                f"MLflow does not understand the filter {where}: {first_line(error)}\n"
                 "Write it as in --filter \"params.lr = '0.1' and metrics.`test/acc` > 0.8\"."
             ) from error
         raise TrackingError(f"tracking.uri={config.uri!r}: {first_line(error)}") from error
 
 
 def store_errors() -> tuple[type[Exception], ...]:
-    """What a store raises when it is dead, full, damaged or unwilling (or is sent half a JSON line)."""
+    """What a store raises if it is down, full or damaged, rejects a request, or sends broken JSON."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -148,16 +148,15 @@ def store_errors() -> tuple[type[Exception], ...]:
 
 
 def any_errors() -> tuple[type[Exception], ...]:
-    """The same, and what we make of it."""
+    """The same, and our own error for them."""
     return (*store_errors(), TrackingError)
 
 
 @contextmanager
 def defer_interrupts() -> Iterator[None]:
-    """Put off Ctrl-C and SIGTERM until the end of the block.
+    """Defer Ctrl-C and SIGTERM until the end of the block.
 
-    A transaction that they break stays open, and keeps SQLite locked for what is then written of the
-    run's end.
+    An interrupted transaction would stay open and lock SQLite. The end of the run could not be written.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -212,10 +211,10 @@ def experiment_id_of(client: "MlflowClient", name: str, uri: str) -> str:
 
 
 def _create_database(database: Path) -> None:
-    """Create MLflow's database so that no process, started or killed at any moment, sees half of it.
+    """Create MLflow's database atomically: no process ever sees a part of it.
 
-    MLflow's own creation crashes when several processes do it at once, and a kill in the middle
-    leaves a database that is broken for good.
+    MLflow's own creation crashes if several processes do it at once, and leaves a broken database if it is
+    killed.
     """
     if database.exists():
         return
@@ -230,51 +229,53 @@ def _create_database(database: Path) -> None:
                 store = SqlAlchemyStore(f"{SQLITE}{temporary}", (database.parent / "artifacts").as_uri())
                 store.engine.dispose()
                 connection = sqlite3.connect(temporary)
-                # With a write-ahead log, many writers wait for each other a sixth as long.
+                # With a write-ahead log, concurrent writers wait a sixth as long.
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.close()
     except Timeout as error:
-        raise TrackingError(f"{database}: another process has been creating it for two minutes") from error
+        raise TrackingError(
+            f"{database}: another process did not finish creating it within two minutes"
+        ) from error
     except OSError as error:
         raise TrackingError(f"{database}: cannot be created: {error.strerror}") from error
 
 
 @contextmanager
 def _without_syncing(database: Path) -> Iterator[None]:
-    """Let SQLite write this database without waiting for the disk: a fifth of the time.
+    """Let SQLite write this database without waiting for the disk, which takes a fifth of the time.
 
-    MLflow makes its tables by seventy migrations, each on the disk before the next one begins. Nobody
-    misses a file that has no name yet, and `atomic_path` waits for the disk before it gives it one.
+    MLflow creates its tables in seventy migrations, each of which waits for the disk. The file is still
+    temporary, and `atomic_path` syncs it before it is renamed.
     """
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
 
-    def hurry(connection: sqlite3.Connection, record: object) -> None:
+    def disable_sync(connection: sqlite3.Connection, record: object) -> None:
         main, *_ = connection.execute("PRAGMA database_list").fetchall()
         if main[2] and Path(main[2]).samefile(database):
             connection.execute("PRAGMA synchronous=OFF")
             connection.execute("PRAGMA journal_mode=MEMORY")
 
-    event.listen(Engine, "connect", hurry)
+    event.listen(Engine, "connect", disable_sync)
     try:
         yield
     finally:
-        event.remove(Engine, "connect", hurry)
+        event.remove(Engine, "connect", disable_sync)
 
 
 def check_server(uri: str) -> None:
-    """Ask the server for a sign of life, for four seconds at most, however slowly its bytes arrive."""
+    """Query the server's health, for at most four seconds in total, however slowly it sends."""
     answer: queue.Queue[Exception | None] = queue.Queue()
 
-    def ask() -> None:
+    def query() -> None:
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_SILENCE_S).close()
             answer.put(None)
         except (OSError, ValueError, http.client.HTTPException) as error:
             answer.put(error)
 
-    # A thread, because a socket's time-out starts anew with each byte.
-    threading.Thread(target=ask, daemon=True).start()
+    # A thread, because a socket's time-out restarts with each byte.
+    threading.Thread(target=query, daemon=True).start()
     try:
         error = answer.get(timeout=_ANSWER_S)
     except queue.Empty:
@@ -282,14 +283,15 @@ def check_server(uri: str) -> None:
     if error is None:
         return
     if isinstance(error, urllib.error.HTTPError):
+        error.close()  # it holds the connection
         if error.code in (401, 403):
-            return  # a guarded server; MLflow's client brings the credentials
+            return  # the server needs a login, for which MLflow's client has the credentials
         raise TrackingError(
-            f"tracking.uri={uri!r}: what answers there is no MLflow server (HTTP {error.code})"
+            f"tracking.uri={uri!r}: the server there is not an MLflow server (HTTP {error.code})"
         ) from error
     reason = getattr(error, "reason", None) or error
     raise TrackingError(
-        f"tracking.uri={uri!r}: no MLflow server answers there ({reason}); "
+        f"tracking.uri={uri!r}: no MLflow server responds there ({reason}); "
         "start it, or use tracking=mlflow (a local database) or tracking=none"
     ) from error
 
@@ -307,23 +309,25 @@ def _check_database(database: Path) -> None:
 
 
 def is_server(uri: str) -> bool:
-    """Whether the store is a server already, not a database."""
+    """Whether the store is a server, not a database."""
     return uri.startswith(("http://", "https://"))
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a store to be asked: false only for a local database that is not created yet."""
+    """Whether the store exists: false only for a local database that is not created yet."""
     return not uri.startswith(SQLITE) or database_path(uri).exists()
 
 
 def database_path(uri: str) -> Path:
+    """The absolute path of the SQLite database at `uri`."""
     return Path(uri.removeprefix(SQLITE)).absolute()
 
 
 def absolute(uri: str) -> str:
-    """The URI that means the same store in any folder."""
+    """The URI with an absolute path, if it is a database."""
     return f"{SQLITE}{database_path(uri)}" if uri.startswith(SQLITE) else uri
 
 
 def first_line(error: Exception) -> str:
+    """The first line of the error's message, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,20 +15,21 @@ from lenet_sweep.errors import ConfigError
 from lenet_sweep.tracking import mlflow_client
 from lenet_sweep.tracking.mlflow_client import NOTE
 
-STANDS_FOR = "This run stands for sweep "
+_BEST_OF = "This is the best run of sweep "
+_BEST_OF_BEFORE = "This run stands for sweep "  # in notes that were written before version 0.1.0
 
 
 def ui_command(name: str, overrides: Iterable[str]) -> str:
-    """The shell command that opens MLflow's pages on a sweep or run, by name; '' is the latest sweep.
+    """The shell command that opens a sweep or run in MLflow; '' is the latest sweep.
 
-    `overrides` are the user's own: those that say where the store is are needed again.
+    `overrides` are those of the user's command; the ones about tracking are repeated.
     """
     store = [override for override in overrides if is_about_tracking(override)]
     return shlex.join(["python", "-m", "lenet_sweep", "ui", *filter(None, [name]), *store])
 
 
 def run_page(experiment_id: str, run_id: str) -> str:
-    """The page of a run, below a server's address."""
+    """The address of a run's page, relative to the server's."""
     return f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
@@ -40,7 +41,7 @@ def share_view(config: MlflowConfig, key: str, name: str, state: dict[str, Any])
 
     Raises:
         ConfigError: if there is nothing in the store yet, or no such experiment.
-        TrackingError: if it cannot be asked.
+        TrackingError: if the store cannot be reached.
     """
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode(), 9)).decode()
     now = int(time.time() * 1000)
@@ -63,20 +64,26 @@ def attach_report(config: MlflowConfig, run_id: str, sweep_id: str, report: Path
     try:
         client = mlflow_client.connect(config.uri)
         tags = client.get_run(run_id).data.tags
-        # A run can be the best of later sweeps too, which had not to train it again.
+        # A run can also be the best of later sweeps, which did not train it again.
         folder = None if tags.get("sweep_id") == sweep_id else sweep_id
         client.log_artifact(run_id, str(report), folder)
         note = tags.get(NOTE, "")
-        stands = f"{STANDS_FOR}{inline_code(sweep_id)}"
-        if stands not in note:
+        best_of = f"{_BEST_OF}{inline_code(sweep_id)}"
+        if best_of not in note:
             where = inline_code(f"{folder}/{report.name}" if folder else report.name)
-            about = f"{stands}: {where} among its artifacts compares all of its runs."
+            about = f"{best_of}. Its artifact {where} compares all runs of the sweep."
             client.set_tag(run_id, NOTE, f"{note}\n\n{about}\n\n{inline_code(answer)}".strip())
     except mlflow_client.any_errors() as error:
         return mlflow_client.first_line(error)
     return None
 
 
+def note_about_sweeps(note: str) -> str:
+    """The part of a run's note that is about the sweeps of which it is the best run, '' if there is none."""
+    starts = [i for text in (_BEST_OF, _BEST_OF_BEFORE) if (i := note.find(text)) >= 0]
+    return note[min(starts) :] if starts else ""
+
+
 def inline_code(text: str) -> str:
-    """Text in Markdown that is nothing but text: code on one line, without what could end it."""
+    """Untrusted text as inline code in Markdown: one line, without backticks."""
     return f"`{' '.join(text.replace('`', ' ').split())}`"

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PAGE = 1000  # runs in one answer
-_AT_ONCE = 8  # requests to a server
-_QUESTIONS_A_PAGE = 400  # questions for one run each that take longer than reading a page (1.9 s, 8 ms)
+_PAGE = 1000  # runs per response
+_AT_ONCE = 8  # concurrent requests to a server
+_QUERIES_PER_PAGE = 400  # queries for single runs (1.9 s) that take longer than reading a page (8 ms)
 
 
 def fetch(config: MlflowConfig, name: str, folder: Path, files: Iterable[str]) -> tuple[str, Metrics]:
@@ -36,7 +36,7 @@ def fetch(config: MlflowConfig, name: str, folder: Path, files: Iterable[str]) -
 
     Raises:
         ConfigError: if no run, or more than one, has such an id.
-        TrackingError: if the store cannot be asked.
+        TrackingError: if the store cannot be reached.
     """
     if not re.fullmatch("[0-9a-f]{1,32}", name):
         raise ConfigError(
@@ -61,7 +61,7 @@ def sweeps(config: MlflowConfig, prefix: str = "") -> list[str]:
     """`prefix` itself if it is a sweep's id; else the ids of all sweeps that start so, the latest first.
 
     Raises:
-        TrackingError: if the store cannot be asked.
+        TrackingError: if the store cannot be reached.
     """
     given = f"tags.sweep_id LIKE {_quoted(prefix + '%')}"
     with mlflow_client.querying(config) as client:
@@ -75,7 +75,7 @@ def latest_sweep(config: MlflowConfig) -> str | None:
     """The id of the sweep whose run started last.
 
     Raises:
-        TrackingError: if the store cannot be asked.
+        TrackingError: if the store cannot be reached.
     """
     with mlflow_client.querying(config) as client:
         for run in _search(client, config, "tags.sweep_id LIKE '%'", at_most=1):
@@ -88,7 +88,7 @@ def records(config: MlflowConfig, chosen: str, metrics: Sequence[str]) -> list[R
 
     Raises:
         ConfigError: if MLflow does not understand the filter.
-        TrackingError: if the store cannot be asked.
+        TrackingError: if the store cannot be reached.
     """
     with mlflow_client.querying(config, chosen) as client:
         runs = list(_search(client, config, chosen))
@@ -117,7 +117,7 @@ def find_run(config: MlflowConfig, prefix: str) -> str:
 
     Raises:
         ConfigError: if no run, or more than one, has such an id.
-        TrackingError: if the store cannot be asked.
+        TrackingError: if the store cannot be reached.
     """
     with mlflow_client.querying(config) as client:
         return _find(client, prefix)
@@ -158,7 +158,7 @@ def experiment_of(config: MlflowConfig, run_id: str) -> str:
     """The id of the experiment that a run is in.
 
     Raises:
-        TrackingError: if the store cannot be asked.
+        TrackingError: if the store cannot be reached.
     """
     with mlflow_client.querying(config) as client:
         return str(client.get_run(run_id).info.experiment_id)
@@ -191,7 +191,7 @@ def finished(client: "MlflowClient", config: MlflowConfig, hashes: frozenset[str
     less than a query for each hash; then the remaining hashes are queried one by one.
     """
     found: dict[str, Result] = {}
-    at_most = len(hashes) // _QUESTIONS_A_PAGE * _PAGE
+    at_most = len(hashes) // _QUERIES_PER_PAGE * _PAGE
     seen = 0
     for run in islice(_search(client, config, "attributes.status = 'FINISHED'"), at_most):
         seen += 1
@@ -203,13 +203,13 @@ def finished(client: "MlflowClient", config: MlflowConfig, hashes: frozenset[str
     if seen < at_most:
         return found
 
-    def ask(config_hash: str) -> "list[MlflowEntity]":
+    def query(config_hash: str) -> "list[MlflowEntity]":
         same = f"attributes.status = 'FINISHED' and tags.config_hash = '{config_hash}'"
         return list(_search(client, config, same, at_most=1))
 
     with ThreadPoolExecutor(_AT_ONCE if mlflow_client.is_server(config.uri) else 1) as pool:
         left = sorted(hashes - found.keys())
-        for config_hash, runs in zip(left, pool.map(ask, left), strict=True):
+        for config_hash, runs in zip(left, pool.map(query, left), strict=True):
             if runs:
                 found[config_hash] = _to_result(runs[0], config_hash)
     return found
@@ -218,8 +218,8 @@ def finished(client: "MlflowClient", config: MlflowConfig, hashes: frozenset[str
 def _histories(client: "MlflowClient", run_ids: Sequence[str], metric: str) -> Iterator[tuple[str, History]]:
     """Every epoch of a metric, by run.
 
-    A database is asked once for all runs, which takes a hundredth of the time of asking for each;
-    for a server, MLflow's client has no such call, so several requests are under way at once.
+    A database is queried once for all runs, which takes a hundredth of the time of a query per run. MLflow's
+    client has no such call for servers, so several requests are sent concurrently.
     """
     store = client._tracking_client.store
     if hasattr(store, "get_metric_history_bulk"):
@@ -229,11 +229,11 @@ def _histories(client: "MlflowClient", run_ids: Sequence[str], metric: str) -> I
         yield from found.items()
         return
 
-    def ask(run_id: str) -> History:
+    def query(run_id: str) -> History:
         return {point.step: point.value for point in client.get_metric_history(run_id, metric)}
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        yield from zip(run_ids, pool.map(ask, run_ids), strict=True)
+        yield from zip(run_ids, pool.map(query, run_ids), strict=True)
 
 
 def _to_record(run: "MlflowEntity") -> Record:

@@ -1,9 +1,7 @@
-"""One run in an MLflow store.
+"""One run in an MLflow store: created or resumed, logged to, and closed.
 
-`check` answers in seconds whether a tracking store can be used; `open_run` starts a run there, or
-goes on with one. What a run logs goes to its output folder first, so a server that dies costs no
-number: training goes on, and `deliver` sends what is missing, with its true times, at the end of the
-run or at any later command. Sending anything twice leaves it there once.
+Calls never raise because of a server that is down. What could not be sent is sent when the run ends, or by
+`recovery`. Params, metrics and artifacts that are sent twice are stored once.
 """
 
 import json
@@ -22,7 +20,6 @@ from lenet_sweep.storage.records import PARAM_LENGTH, params
 from lenet_sweep.storage.result import Result
 from lenet_sweep.tracking import mlflow_client, mlflow_page
 from lenet_sweep.tracking.mlflow_client import NOTE
-from lenet_sweep.tracking.mlflow_page import STANDS_FOR
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,24 +27,26 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-_BATCH = 1000  # metrics in one call, MLflow's limit
+_BATCH = 1000  # metrics per call, MLflow's limit
 _DESCRIBED = ("train/loss", "train/acc", "val/acc", "test/acc")  # metrics in a run's description
-_RETRY_S = 30  # after a call failed, how long none is tried
+_RETRY_S = 30  # time after a failed call in which no other is made
 
 
 @dataclass(frozen=True)
 class Registration:
-    """What a run is in its store, as `tracking.json` in its folder keeps it."""
+    """The identity of a run in its store, as stored in `tracking.json` in its folder."""
 
     uri: str
     experiment: str
     name: str
     tags: dict[str, str]
     start_ms: int
-    run_id: str | None  # None: the store was out of reach, so the run is still to be created there
+    run_id: str | None  # None: the store was unreachable, so the run has not been created yet
 
 
 class MlflowRun:
+    """Implements `base.RunLogger` for the run in `folder`; `begin` must be called first."""
+
     def __init__(self, registration: Registration, folder: Path) -> None:
         self.run_id = registration.run_id
         self.uri = registration.uri
@@ -55,10 +54,10 @@ class MlflowRun:
         self._folder = folder
         self._experiment_id = ""
         self._complete = False  # the store has every metric that was logged
-        self._silent_until = 0.0
+        self._retry_at = 0.0
 
     def begin(self) -> None:
-        """Create the run, or mark it as running again; note it in the folder either way."""
+        """Create the run, or mark it as running again; write tracking.json in both cases."""
         registration = self._registration
         try:
             client = mlflow_client.connect(registration.uri)
@@ -66,17 +65,17 @@ class MlflowRun:
                 client, registration.experiment, registration.uri
             )
             if self.run_id and not mlflow_client.is_there(client, self.run_id):
-                self.run_id = None  # somebody deleted it
+                self.run_id = None  # it was deleted in the store
             if self.run_id is None:
                 run = client.create_run(
                     self._experiment_id, registration.start_ms, registration.tags, registration.name
                 )
                 self.run_id = run.info.run_id
                 self._send_params(client)
-                # A run that could only be created after its training has metrics that are still to be sent.
+                # If the run could only be created after its training, its metrics have not been sent yet.
                 self._complete = not (self._folder / "metrics.jsonl").exists()
             else:
-                # First whose it is, then that it runs, or `end_the_dead` could end it in between.
+                # The process tags come first, or `close_stale_runs` could close the run in between.
                 for key, value in registration.tags.items():
                     client.set_tag(self.run_id, key, value)
                 client.update_run(self.run_id, "RUNNING")
@@ -87,14 +86,14 @@ class MlflowRun:
                 raise TrackingError(
                     f"tracking.uri={registration.uri!r}: {mlflow_client.first_line(error)}"
                 ) from error
-            self._lose(error)
+            self._on_store_error(error)
         note = json.dumps(asdict(registration) | {"run_id": self.run_id}, indent=2)
         write_atomic(self._folder / "tracking.json", note + "\n")
 
     def log(self, epoch: int, metrics: dict[str, float], time_ms: int) -> None:
         from mlflow.entities import Metric
 
-        if self.run_id is None or time.monotonic() < self._silent_until:
+        if self.run_id is None or time.monotonic() < self._retry_at:
             self._complete = False
             return
         try:
@@ -102,10 +101,10 @@ class MlflowRun:
             with mlflow_client.defer_interrupts():
                 mlflow_client.connect(self.uri).log_batch(self.run_id, metrics=points)
         except mlflow_client.store_errors() as error:
-            self._lose(error)
+            self._on_store_error(error)
 
     def end(self, result: Result) -> str | None:
-        """Send what the store has not got, and close the run; return what went wrong, if anything did."""
+        """Send what is missing and close the run; return what went wrong, None if nothing did."""
         from mlflow.entities import RunTag
 
         if self.run_id is None:
@@ -114,9 +113,8 @@ class MlflowRun:
             client = mlflow_client.connect(self.uri)
             if not self._complete:
                 self._send_all(client)
-            # What it says of sweeps that the run stands for is kept.
-            _, stands, of_sweeps = client.get_run(self.run_id).data.tags.get(NOTE, "").partition(STANDS_FOR)
-            tags = {NOTE: f"{self._description(result)}\n\n{stands}{of_sweeps}".strip()}
+            about_sweeps = mlflow_page.note_about_sweeps(client.get_run(self.run_id).data.tags.get(NOTE, ""))
+            tags = {NOTE: f"{self._description(result)}\n\n{about_sweeps}".strip()}
             if result.reason:
                 tags["failure_reason"] = result.reason[:PARAM_LENGTH]
             if result.collapsed:
@@ -133,14 +131,14 @@ class MlflowRun:
         return None
 
     def where(self) -> list[str]:
-        """Lines that say where the run is."""
+        """Lines of text that tell where the run is."""
         if self.run_id is None:
             return []
         page = [f"{self.uri.rstrip('/')}/{mlflow_page.run_page(self._experiment_id, self.run_id)}"]
         return [f"MLflow run {self.run_id}", *(page if self.is_remote() else [])]
 
     def _description(self, result: Result) -> str:
-        """The run in Markdown: what was overridden, what came of it, how to have it again."""
+        """The run in Markdown: its overrides, its outcome, and the command that reproduces it."""
         assert self.run_id is not None
         registration = self._registration
         sweep_id = registration.tags.get("sweep_id")
@@ -149,14 +147,14 @@ class MlflowRun:
         lines = [
             mlflow_page.inline_code(registration.name)
             + (f" of sweep {mlflow_page.inline_code(sweep_id)}" if sweep_id else ""),
-            f"{outcome}{'; **collapsed** to guessing' if result.collapsed else ''}",
-            *([f"why: {mlflow_page.inline_code(result.reason[:500])}"] if result.reason else []),
-            f"again: {mlflow_page.inline_code(f'python -m lenet_sweep reproduce {self.run_id[:8]}')}",
+            f"{outcome}{'; **collapsed** (no better than guessing)' if result.collapsed else ''}",
+            *([f"reason: {mlflow_page.inline_code(result.reason[:500])}"] if result.reason else []),
+            f"reproduce: {mlflow_page.inline_code(f'python -m lenet_sweep reproduce {self.run_id[:8]}')}",
         ]
         return "\n\n".join(lines)
 
     def _send_all(self, client: "MlflowClient") -> None:
-        """Send params and every metric of metrics.jsonl; what is there already stays as it is."""
+        """Send params and every metric of metrics.jsonl; MLflow ignores what it has already."""
         from mlflow.entities import Metric
 
         assert self.run_id is not None
@@ -177,16 +175,16 @@ class MlflowRun:
         entries = [Param(key, value) for key, value in params(values).items()]
         client.log_batch(self.run_id, params=entries)
 
-    def _lose(self, error: Exception) -> None:
+    def _on_store_error(self, error: Exception) -> None:
         log.warning(
-            "tracking store out of reach, all is kept in the output folder: %s",
+            "the tracking store is unreachable; everything is in the output folder: %s",
             mlflow_client.first_line(error),
         )
         self._complete = False
-        self._silent_until = time.monotonic() + _RETRY_S
+        self._retry_at = time.monotonic() + _RETRY_S
 
     def _end_ms(self) -> int:
-        """When the run ended; now, if a full disk kept that from being written."""
+        """When the run ended, in milliseconds since 1970; now, if a full disk prevented result.json."""
         written = self._folder / "result.json"
         end_ms = int((written.stat().st_mtime if written.exists() else time.time()) * 1000)
         return max(end_ms, self._registration.start_ms)
@@ -195,7 +193,7 @@ class MlflowRun:
         return mlflow_client.is_server(self.uri)
 
 
-# Of an output folder, these go to MLflow; Hydra's own files and the log stay behind.
+# The parts of an output folder that become artifacts; Hydra's own files and the log do not.
 _ARTIFACTS = (
     "config.yaml",
     "environment.json",

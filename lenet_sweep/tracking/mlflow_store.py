@@ -70,7 +70,7 @@ class MlflowStore:
         return "", mlflow_query.find_run(self.config, name)
 
     def check_filter(self, where: str) -> None:
-        pass  # MLflow itself tells whether it understands the filter
+        pass  # MLflow checks the filter itself
 
     def records(
         self, metrics: Sequence[str], *, sweep_id: str = "", run_ids: Sequence[str] = (), where: str = ""

@@ -1,4 +1,4 @@
-"""Whether the process that tracks a run still lives, as tags of the run tell."""
+"""Tags that identify the process of a run, and whether that process still runs."""
 
 import os
 import socket
