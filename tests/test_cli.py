@@ -282,3 +282,18 @@ def _refused(done, folder, expected, left=frozenset()):
     for words in expected:
         assert words in done.stderr
     assert {path.name for path in folder.iterdir()} == set(left)
+
+
+@pytest.mark.parametrize("status", [1, 3])
+def test_command_that_ctrl_c_ends_has_the_exit_code_of_a_shell(command, monkeypatch, status):
+    from lenet_sweep.cli import main
+
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(main.COMMANDS, "sync", interrupted)
+    done = command("sync")
+    assert done.returncode == 130
+    assert "the same command resumes where it stopped" in done.stderr
+    monkeypatch.setitem(main.COMMANDS, "sync", lambda arguments: status)
+    assert command("sync").returncode == status

@@ -232,9 +232,11 @@ def tied_settings(comparison: Comparison) -> str:
     """How many settings are not significantly worse than the best, in words; '' if there are none."""
     others = [setting for setting in comparison.settings if setting.final][1:]
     tied = sum(setting.verdict == "tied" for setting in others)
+    if not tied:
+        return ""
     if len(others) == 1:
-        return "The other setting is not significantly worse" if tied else ""
-    return f"{tied} of the {len(others)} others are not significantly worse" if tied else ""
+        return "The other setting is not significantly worse"
+    return f"{tied} of the {len(others)} others {'is' if tied == 1 else 'are'} not significantly worse"
 
 
 def notes(comparison: Comparison) -> list[str]:
