@@ -19,11 +19,11 @@ from lenet_sweep.errors import LenetSweepError, RunFailed
 from lenet_sweep.runs import preflight, progress
 from lenet_sweep.runs.spec import RunSpec
 from lenet_sweep.storage.manifest import read_manifest
-from lenet_sweep.storage.result import Result
+from lenet_sweep.storage.result import Outcome, Result
 from lenet_sweep.sweeps import resources
 from lenet_sweep.sweeps.dask_pool import DaskPool
 from lenet_sweep.sweeps.executor import Executor
-from lenet_sweep.sweeps.group import Outcome, outcomes_of_lost_group, train_group
+from lenet_sweep.sweeps.group import outcomes_of_lost_group, train_group
 from lenet_sweep.sweeps.plan import group_jobs
 from lenet_sweep.tracking.stores import open_store
 

@@ -7,41 +7,39 @@ from lenet_sweep.errors import LenetSweepError, RunFailed
 from lenet_sweep.runs import outputs, resume
 from lenet_sweep.runs.session import EXPECTED_ERRORS, RunSession
 from lenet_sweep.runs.spec import RunSpec
-from lenet_sweep.storage.result import Result
+from lenet_sweep.storage.result import Outcome
 from lenet_sweep.training import fused
 from lenet_sweep.training.data import Data
 
-End = Result | LenetSweepError  # what `run` would have returned or raised
 
-
-def run_array(specs: Sequence[RunSpec]) -> list[End]:
+def run_array(specs: Sequence[RunSpec]) -> list[Outcome]:
     """Train jobs with equal `plan.array_key` as one array; each leaves what `run` would leave.
 
     Returns, in order, what `run` would have returned or raised. As many are trained at once as fit in the
     device's memory.
     """
-    ends: dict[int, End] = {}
+    outcomes: dict[int, Outcome] = {}
     with contextlib.ExitStack() as claims:
         # In one order everywhere, or two processes could wait for each other for ever.
         for spec in sorted(specs, key=lambda spec: spec.config_hash):
             claims.enter_context(resume.claimed(spec))
         for i, spec in enumerate(specs):
             if done := resume.finished_before(spec):
-                ends[i] = done
-        while left := [i for i in range(len(specs)) if i not in ends]:
-            _Array(ends).train({i: specs[i] for i in left})
-    return [ends[i] for i in range(len(specs))]
+                outcomes[i] = done
+        while left := [i for i in range(len(specs)) if i not in outcomes]:
+            _Array(outcomes).train({i: specs[i] for i in left})
+    return [outcomes[i] for i in range(len(specs))]
 
 
 class _Array:
-    """Runs that are trained together, by their indices; each that has ended gets its entry in `ends`."""
+    """Runs that are trained together, by their indices; each that has ended gets its entry in `outcomes`."""
 
-    def __init__(self, ends: dict[int, End]) -> None:
-        self._ends = ends
+    def __init__(self, outcomes: dict[int, Outcome]) -> None:
+        self._outcomes = outcomes
         self._sessions: dict[int, RunSession] = {}
 
     def train(self, specs: dict[int, RunSpec]) -> None:
-        """Start as many of `specs` as there is memory for, at least one, and train them to their ends."""
+        """Start as many of `specs` as there is memory for, at least one, and train them until they end."""
         try:
             data = self._start(specs)
             if data:
@@ -61,7 +59,7 @@ class _Array:
             try:
                 self._sessions[i] = session = RunSession.start(spec, fused=True, data=data)
             except LenetSweepError as error:
-                self._ends[i] = error
+                self._outcomes[i] = error
                 continue
             if data is None:
                 data = session.state.data
@@ -72,7 +70,7 @@ class _Array:
         for i, session in self._sessions.items():
             if session.is_done:
                 self._finish(i)
-        indices = [i for i in self._sessions if i not in self._ends]
+        indices = [i for i in self._sessions if i not in self._outcomes]
         if not indices:
             return
         sessions = [self._sessions[i] for i in indices]
@@ -94,22 +92,22 @@ class _Array:
             else:
                 if sessions[row].is_done:
                     self._finish(indices[row])
-            members[row].stopped = indices[row] in self._ends
+            members[row].stopped = indices[row] in self._outcomes
 
     def _finish(self, i: int) -> None:
         try:
-            self._ends[i] = self._sessions[i].finish()
+            self._outcomes[i] = self._sessions[i].finish()
         except RunFailed as failure:
-            self._ends[i] = failure
+            self._outcomes[i] = failure
 
     def _fail(self, i: int, error: BaseException) -> None:
         try:
             self._sessions[i].fail(error)
         except RunFailed as failure:
-            self._ends[i] = failure
+            self._outcomes[i] = failure
 
     def _fail_all(self, error: BaseException) -> None:
-        for i in self._sessions.keys() - self._ends.keys():
+        for i in self._sessions.keys() - self._outcomes.keys():
             self._fail(i, error)
 
     def _profiling(self) -> contextlib.AbstractContextManager[None]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lenet_sweep.errors import LenetSweepError
 from lenet_sweep.paths import write_atomic
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -22,6 +23,9 @@ class Result:
     config_hash: str
     seconds: float
     metrics: dict[str, float]
+
+
+Outcome = Result | LenetSweepError  # of a job: what `run` returned or raised
 
 
 def write_result(folder: Path, result: Result) -> None:

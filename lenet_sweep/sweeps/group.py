@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from lenet_sweep.errors import LenetSweepError, RunFailed
 from lenet_sweep.runs import progress
 from lenet_sweep.runs.spec import RunSpec
-from lenet_sweep.storage.result import Result, read_result
+from lenet_sweep.storage.result import Outcome, Result, read_result
 
-Outcome = Result | LenetSweepError  # of a job: what `run` returned or raised
 Wave = list[tuple[int, RunSpec]]  # jobs with their indices; several jobs are trained as one array
 
 # Calls a function in the context of a job (folder, log); returns its result or the error that it raised.
