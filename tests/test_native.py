@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lenet_sweep import compiler, engine, model, native, optim
+from lenet_sweep import compiler, engine, model, native, optim, workers
 from lenet_sweep import data as datasets
 from lenet_sweep.compiler import Unavailable
 from lenet_sweep.errors import DeviceError
@@ -23,11 +23,14 @@ GELU = (
     "model.channels=[3,17]", "model.kernel_size=1", "model.hidden=[1,50,21]", "model.activation=gelu",
     "model.pool=max",
 )  # fmt: skip
+# So wide that the optimizer's threads share the first dense layer's weights, in odd parts.
+WIDE = ("model.activation=sigmoid", "model.pool=max", "model.hidden=[403,84]")
+SINGLE = ("model.channels=[5]", "model.kernel_size=9", "model.hidden=[]")  # sigmoid, if nothing else is said
 NETWORKS = [
     (),
     ("model=lenet_relu_max",),
-    ("model.activation=sigmoid", "model.pool=max"),
-    ("model.channels=[5]", "model.kernel_size=9", "model.hidden=[]", "model.activation=tanh"),
+    WIDE,
+    (*SINGLE, "model.activation=tanh"),
     ("model.channels=[7,13,3]", "model.kernel_size=3", "model.hidden=[33]", "model.activation=leaky_relu",
      "model.pool=max"),
     ("model.channels=[2,4]", "model.kernel_size=5", "model.padding=none", "model.activation=silu"),
@@ -40,15 +43,18 @@ MORE = [
     ("model.activation=gelu", "model.pool=max"),
     ("model.activation=silu", "model.pool=avg"),
 ]
-WIDE = ("model.hidden=[403,84]",)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(make_config):
-    """Compile what most tests here load, on all cores: side by side that takes half as long."""
-    with ThreadPoolExecutor() as pool:
-        configs = [make_config(*overrides).model for overrides in (*NETWORKS, WIDE)]
-        return list(pool.map(compiler.library, configs))
+    """Compile what most tests here load."""
+    compile_all([make_config(*overrides).model for overrides in NETWORKS])
+
+
+def compile_all(networks, flags=()):
+    """The libraries of these networks, compiled on all cores: side by side that takes half as long."""
+    with ThreadPoolExecutor(workers.cores()) as pool:
+        return list(pool.map(lambda network: compiler.library(network, flags), networks))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +127,6 @@ def test_number_of_threads_changes_no_bit(make_native, mini, overrides, size):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "nesterov", "adam", "adamw"])
 def test_number_of_threads_changes_no_bit_of_the_trained_weights(make_config, mini, set_threads, optimizer):
-    # So wide that the optimizer's threads share the first dense layer's weights, in odd parts.
     config = make_config("data=fashion_mnist_mini", f"optimizer={optimizer}", "lr=0.01", *WIDE)
     trained = []
     for threads in (1, 2, 3, 8):
@@ -220,7 +225,7 @@ def test_a_step_that_differs_from_autograd_is_not_used(make_native, monkeypatch)
         compiler, "_definitions", lambda c: [d.replace("=Sigmoid", "=Tanh") for d in definitions(c)]
     )
     with pytest.raises(Unavailable, match="differs from autograd"):
-        make_native()
+        make_native(*SINGLE)  # as compiled code it is one of NETWORKS
 
 
 def test_too_large_a_network_is_left_to_torch(make_native, monkeypatch):
@@ -331,12 +336,19 @@ print("clean")
 """
 
 
+@pytest.fixture(scope="module")
+def sanitized(make_config):
+    """The library of each network with the sanitizers in it."""
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1")
+    networks = [make_config(*overrides).model for overrides in NETWORKS]
+    return dict(zip(networks, compile_all(networks, flags), strict=True))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [*NETWORKS, *MORE], ids=lambda o: " ".join(o) or "lenet")
-def test_sanitizers_find_no_access_out_of_bounds_and_nothing_undefined(make_config, overrides):
+@pytest.mark.parametrize("overrides", NETWORKS, ids=lambda o: " ".join(o) or "lenet")
+def test_sanitizers_find_no_access_out_of_bounds_and_nothing_undefined(make_config, sanitized, overrides):
     config = make_config(*overrides).model
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g")
-    library = compiler.library(config, flags)
+    library = sanitized[config]
     runtime = subprocess.run(
         ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     )
