@@ -11,7 +11,7 @@ MINI = ("data=fashion_mnist_mini", "epochs=1", "data.train_size=300", "threads=1
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
+def in_a_folder_of_its_own(tmp_path, monkeypatch, no_pictures):
     monkeypatch.chdir(tmp_path)
 
 
