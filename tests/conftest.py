@@ -150,13 +150,26 @@ def put_database(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], N
     return put
 
 
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs draw nothing, which takes half of a short one's time; for tests of what else they leave."""
+@pytest.fixture(scope="session")
+def without_pictures() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A block in which runs draw nothing, which takes half of a short one's time."""
     from lenet_sweep.inspection import plots
 
-    for name in ("curves", "confusion_matrix", "filters", "activations", "errors"):
-        monkeypatch.setattr(plots, name, lambda *_: None)
+    @contextlib.contextmanager
+    def block() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("curves", "confusion_matrix", "filters", "activations", "errors"):
+                patch.setattr(plots, name, lambda *_: None)
+            yield
+
+    return block
+
+
+@pytest.fixture
+def no_pictures(without_pictures: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """The test's runs draw nothing: for tests of what else they leave."""
+    with without_pictures():
+        yield
 
 
 @pytest.fixture

@@ -16,13 +16,14 @@ MINI = ("data=fashion_mnist_mini", "threads=1", "model=lenet_relu_max")
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory, command_in, put_database):
+def original(tmp_path_factory, command_in, put_database, without_pictures):
     """A folder with two sweeps: `first` of two lrs and three seeds, `second` that adds an lr which fails."""
     here = tmp_path_factory.mktemp("sweeps")
     put_database(here)
 
     def sweep(*arguments):
-        return command_in(here, *MINI, *arguments, "-m")
+        with without_pictures():
+            return command_in(here, *MINI, *arguments, "-m")
 
     first = sweep(
         "epochs=2", "data.val_size=100", "lr=0.1,0.2", "seed=range(3)", "hydra.sweep.dir=outputs/sweeps/first"

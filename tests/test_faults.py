@@ -88,7 +88,7 @@ def finished(folder):
 
 
 @pytest.mark.slow
-def test_sweep_killed_twenty_times_ends_with_every_run_once_and_to_the_bit(start, cli, tmp_path):
+def test_sweep_killed_twenty_times_ends_with_every_run_once_and_to_the_bit(start, cli, command_in, tmp_path):
     sweep = (*MINI, "epochs=24", "lr=0.05", "seed=0,1,2", "optimizer=momentum,adam", "-m")
     chance = random.Random(1)
     kills = 0
@@ -118,7 +118,7 @@ def test_sweep_killed_twenty_times_ends_with_every_run_once_and_to_the_bit(start
 
     other = tmp_path / "uninterrupted"
     other.mkdir()
-    whole = cli(*sweep, "tracking=none", cwd=other, timeout=300)
+    whole = command_in(other, *sweep, "tracking=none")
     assert whole.returncode == 0, whole.stderr
     for key, run in finished(other).items():
         assert bits(run) == bits(runs[key])
@@ -172,28 +172,28 @@ def test_config_file_edited_while_a_sweep_runs_changes_no_later_job(start, tmp_p
 
 
 @pytest.mark.slow
-def test_fail_fast_stops_at_the_first_failure_and_the_next_sweep_tries_it_again(cli, tmp_path):
+def test_fail_fast_stops_at_the_first_failure_and_the_next_sweep_tries_it_again(command_in, tmp_path):
     bad = (*MINI, "epochs=4", "model=lenet_relu_max", "optimizer=momentum", "lr=1000,0.01")
-    stopped = cli(*bad, "sweep.fail_fast=true", "-m")
+    stopped = command_in(tmp_path, *bad, "sweep.fail_fast=true", "-m")
     assert stopped.returncode == 1
     assert "not started" in stopped.stdout
-    again = cli(*bad, "sweep.dry_run=true", "-m")
+    again = command_in(tmp_path, *bad, "sweep.dry_run=true", "-m")
     assert "train (failed before: the loss became" in again.stdout
     assert "train (not trained before)" in again.stdout
 
 
 @pytest.mark.slow
-def test_finished_sweep_run_again_trains_nothing_and_shows_all_results(cli, tmp_path):
+def test_finished_sweep_run_again_trains_nothing_and_shows_all_results(command_in, tmp_path):
     sweep = (*MINI, "epochs=1", "seed=range(9)", "-m")
-    assert cli(*sweep).returncode == 0
+    assert command_in(tmp_path, *sweep).returncode == 0
     written = journals(tmp_path)
-    again = cli(*sweep)
+    again = command_in(tmp_path, *sweep)
     assert again.returncode == 0, again.stderr
     assert again.stderr == ""
     assert "9 of 9 runs are finished already" in again.stdout
     assert again.stdout.count("FINISHED (") == 9
     assert journals(tmp_path) == written
-    planned = cli(*sweep, "sweep.rerun=true", "sweep.dry_run=true")
+    planned = command_in(tmp_path, *sweep, "sweep.rerun=true", "sweep.dry_run=true")
     assert "9 runs would be trained" in planned.stdout
 
 

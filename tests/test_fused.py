@@ -143,9 +143,10 @@ def oracle(nth, mini):
     return train
 
 
-@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize(
+    ("preset", "size"), [("lenet", 1), ("lenet_relu_max", 3), *((preset, 8) for preset in PRESETS)]
+)
 @pytest.mark.parametrize("optimizer", LRS)
-@pytest.mark.parametrize("preset", PRESETS)
 def test_run_in_an_array_of_any_order_equals_the_run_alone(nth, mini, oracle, preset, optimizer, size):
     chosen = random.Random(size).sample(range(len(RUNS)), size)
     members = [nth(preset, optimizer, i) for i in chosen]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from lenet_sweep.config import schema
 from lenet_sweep.errors import DeviceError
 from lenet_sweep.paths import cache_folder
+from lenet_sweep.runs import hardware
 from lenet_sweep.training import compiler, engine, model, native, optim
 from lenet_sweep.training.backend import TorchBackend, choose_backend
 from lenet_sweep.training.compiler import Unavailable
@@ -29,11 +30,14 @@ GELU = (
     "model.channels=[3,17]", "model.kernel_size=1", "model.hidden=[1,50,21]", "model.activation=gelu",
     "model.pool=max",
 )  # fmt: skip
+# So wide that the optimizer's threads share the first dense layer's weights, in odd parts.
+WIDE = ("model.activation=sigmoid", "model.pool=max", "model.hidden=[403,84]")
+SINGLE = ("model.channels=[5]", "model.kernel_size=9", "model.hidden=[]")  # sigmoid, if nothing else is said
 NETWORKS = [
     (),
     ("model=lenet_relu_max",),
-    ("model.activation=sigmoid", "model.pool=max"),
-    ("model.channels=[5]", "model.kernel_size=9", "model.hidden=[]", "model.activation=tanh"),
+    WIDE,
+    (*SINGLE, "model.activation=tanh"),
     ("model.channels=[7,13,3]", "model.kernel_size=3", "model.hidden=[33]", "model.activation=leaky_relu",
      "model.pool=max"),
     ("model.channels=[2,4]", "model.kernel_size=5", "model.padding=none", "model.activation=silu"),
@@ -46,15 +50,18 @@ MORE = [
     ("model.activation=gelu", "model.pool=max"),
     ("model.activation=silu", "model.pool=avg"),
 ]
-WIDE = ("model.hidden=[403,84]",)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(make_config):
-    """Compile what most tests here load, on all cores: side by side that takes half as long."""
-    with ThreadPoolExecutor() as pool:
-        configs = [make_config(*overrides).model for overrides in (*NETWORKS, WIDE)]
-        return list(pool.map(compiler.library, configs))
+    """Compile what most tests here load."""
+    compile_all([make_config(*overrides).model for overrides in NETWORKS])
+
+
+def compile_all(networks, flags=()):
+    """The libraries of these networks, compiled on all cores: side by side that takes half as long."""
+    with ThreadPoolExecutor(hardware.cores()) as pool:
+        return list(pool.map(lambda network: compiler.library(network, flags), networks))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +134,6 @@ def test_number_of_threads_changes_no_bit(make_native, mini, overrides, size):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "nesterov", "adam", "adamw"])
 def test_number_of_threads_changes_no_bit_of_the_trained_weights(make_config, mini, set_threads, optimizer):
-    # So wide that the optimizer's threads share the first dense layer's weights, in odd parts.
     config = make_config("data=fashion_mnist_mini", f"optimizer={optimizer}", "lr=0.01", *WIDE)
     trained = []
     for threads in (1, 2, 3, 8):
@@ -224,7 +230,7 @@ def test_a_step_that_differs_from_autograd_is_not_used(make_native, monkeypatch)
         compiler, "_definitions", lambda c: [d.replace("=Sigmoid", "=Tanh") for d in definitions(c)]
     )
     with pytest.raises(Unavailable, match="differ from autograd"):
-        make_native()
+        make_native(*SINGLE)  # as compiled code it is one of NETWORKS
 
 
 def test_too_large_a_network_is_left_to_torch(make_native, monkeypatch):
@@ -367,12 +373,19 @@ print("clean")
 """
 
 
+@pytest.fixture(scope="module")
+def sanitized(make_config):
+    """The library of each network with the sanitizers in it."""
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1")
+    networks = [make_config(*overrides).model for overrides in NETWORKS]
+    return dict(zip(networks, compile_all(networks, flags), strict=True))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [*NETWORKS, *MORE], ids=lambda o: " ".join(o) or "lenet")
-def test_sanitizers_find_no_access_out_of_bounds_and_nothing_undefined(make_config, overrides):
+@pytest.mark.parametrize("overrides", NETWORKS, ids=lambda o: " ".join(o) or "lenet")
+def test_sanitizers_find_no_access_out_of_bounds_and_nothing_undefined(make_config, sanitized, overrides):
     config = make_config(*overrides).model
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g")
-    library = compiler.library(config, flags)
+    library = sanitized[config]
     runtime = subprocess.run(
         ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     )

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -81,21 +80,19 @@ def test_command_that_is_run_elsewhere_is_run_there(command):
 
 
 @pytest.mark.slow
-def test_every_other_command_works_on_a_few_pictures(cli, tmp_path):
+def test_every_other_command_works_on_a_few_pictures(command_in, tmp_path):
     """On few pictures, for one epoch, untracked; a sweep of many runs is planned and not trained."""
 
-    def run(job):
-        number, command = job
+    def run(number, command):
         program, arguments = shlex.split(command)[:3], shlex.split(command)[3:]
         assert program == ["python", "-m", "lenet_sweep"], command
         small = (*SMALL, "tracking=none", *(["sweep.dry_run=true"] if "-m" in arguments else []))
         first_flag = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
         folder = tmp_path / str(number)
         folder.mkdir()
-        return cli(*arguments[:first_flag], *small, *arguments[first_flag:], cwd=folder)
+        return command_in(folder, *arguments[:first_flag], *small, *arguments[first_flag:])
 
-    with ThreadPoolExecutor(2) as pool:
-        done = dict(zip(HERE, pool.map(run, enumerate(HERE)), strict=True))
+    done = {command: run(number, command) for number, command in enumerate(HERE)}
     assert {command: it.stderr for command, it in done.items() if it.returncode} == {}
     assert len(done) > 8
 

@@ -11,7 +11,7 @@ MINI = ("data=fashion_mnist_mini", "epochs=1", "data.train_size=300", "threads=1
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
+def in_a_folder_of_its_own(tmp_path, monkeypatch, no_pictures):
     monkeypatch.chdir(tmp_path)
 
 
@@ -51,9 +51,9 @@ def test_sweep_trains_every_job_and_ends_with_a_table_of_all(command, put_databa
     assert "[3/4] lr=0.2 model=lenet: training on cpu" in done.stdout
 
 
-def test_failing_job_stops_no_other_and_is_told_with_its_reason(cli, put_database, tmp_path):
+def test_failing_job_stops_no_other_and_is_told_with_its_reason(command, put_database, tmp_path):
     put_database(tmp_path)
-    done = cli(*MINI, "model=lenet_relu_max", "optimizer=momentum", "lr=1000,0.01", "epochs=4", "-m")
+    done = command(*MINI, "model=lenet_relu_max", "optimizer=momentum", "lr=1000,0.01", "epochs=4", "-m")
     assert done.returncode == 1
     assert statuses(tmp_path) == ["FAILED", "FINISHED"]
     assert re.search(r"│ 1000 .*FAILED", done.stdout)

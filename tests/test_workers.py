@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import psutil
@@ -217,15 +218,17 @@ def test_sweep_listens_on_loopback_only_and_to_nobody_else(start, tmp_path):
     ]
     assert listening
     assert {address.ip for address in listening} == {"127.0.0.1"}
-    for address in listening:
-        stranger = (
-            f"import distributed as d; d.Client('tcp://127.0.0.1:{address.port}', timeout=3); print('in')"
-        )
-        done = subprocess.run(
+
+    def knock(port):
+        stranger = f"import distributed as d; d.Client('tcp://127.0.0.1:{port}', timeout=3); print('in')"
+        return subprocess.run(
             ["timeout", "20", sys.executable, "-c", stranger], capture_output=True, text=True, timeout=60
         )
-        assert done.returncode
-        assert done.stdout == ""
+
+    with ThreadPoolExecutor() as pool:
+        for done in pool.map(knock, [address.port for address in listening]):
+            assert done.returncode
+            assert done.stdout == ""
 
 
 def test_as_many_workers_as_asked_for_but_no_more_than_groups(make_config):
