@@ -1,5 +1,6 @@
 """Which device a run trains on, how it computes, and how work is shared between threads."""
 
+import os
 import threading
 import time
 
@@ -118,3 +119,15 @@ def test_arithmetic_is_what_the_config_says(arithmetic, tf32, expected):
     assert not torch.backends.cudnn.benchmark
     devices.set_arithmetic("auto", PrecisionConfig(tf32=False, amp=False))
     assert torch.get_num_threads() == devices._default_threads
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_kernels_are_chosen_deterministically_where_there_is_a_gpu(arithmetic, monkeypatch, cuda):
+    calls = []
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *a, **k: calls.append((a, k)))
+    devices.set_arithmetic(1, PrecisionConfig(tf32=False, amp=False))
+    assert calls == ([((True,), {"warn_only": True})] if cuda else [])
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if cuda else None)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)

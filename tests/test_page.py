@@ -177,3 +177,10 @@ def test_page_lists_two_hundred_failures_and_counts_the_others(tmp_path, failed,
     text, _ = written(broken, tmp_path / "r.html")
     assert text.count("FAILED, x") == 200
     assert ("and 3 more" in text) == (more is not None)
+
+
+@pytest.mark.parametrize(("epochs", "mode"), [(29, "lines+markers"), (30, "lines")])
+def test_long_curves_have_no_markers(tmp_path, epochs, mode):
+    _, data = written(runs(n_lr=1, seeds=1, epochs=epochs), tmp_path / "r.html")
+    (section,) = [s for s in data["sections"] if s["title"] == "Learning curves"]
+    assert {trace["mode"] for chart in section["charts"] for trace in chart["traces"]} == {mode}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lenet_sweep.runs import reproduce as reproduction
 from lenet_sweep.runs.run import run
 from lenet_sweep.runs.spec import RunSpec
 
@@ -220,3 +221,25 @@ def test_run_that_is_not_there_is_named(cli, name, complaint):
     done = cli("reproduce", name)
     assert done.returncode == 2
     assert complaint in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([("lr", 0.3)], (0.3, 0.3)),  # as ${lr} in conf/optimizer/ says
+        ([("epochs", 3)], (0.1, 0.05)),  # nothing about the learning rate
+        ([("lr", 0.3), ("optimizer.lr", 0.7)], (0.3, 0.7)),
+        ([("optimizer.lr", 0.7)], (0.1, 0.7)),
+    ],
+)
+def test_variant_changes_the_optimizers_rate_with_lr_and_only_then(
+    make_config, monkeypatch, changes, expected
+):
+    original = reproduction.Original("a run", make_config("lr=0.1", "optimizer.lr=0.05"), {}, None, {})
+    specs = []
+    monkeypatch.setattr(reproduction, "run", specs.append)
+    monkeypatch.setattr(reproduction.preflight, "check", lambda *_: None)
+    reproduction.variant(original, make_config(), changes, ("typed=1",))
+    (spec,) = specs
+    assert (spec.config.lr, spec.config.optimizer.lr) == expected
+    assert (spec.origin, spec.overrides, spec.job) == ("a run", ("typed=1",), None)

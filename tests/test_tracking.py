@@ -300,13 +300,12 @@ def test_text_is_quoted_for_filters_which_know_no_escapes():
 
 def test_metrics_of_a_run_that_was_created_late_are_all_sent_in_several_batches(tmp_path, monkeypatch):
     store = local(tmp_path)
-    run = open_run(store, tmp_path)
     records = [
         EpochRecord(EpochMetrics(epoch, 2.0, 0.5, 1.0, 0.5, None, None, 10.0, 1.0, ()), 1_000 + epoch)
         for epoch in range(1, 5)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(record.dump() + "\n" for record in records))
-    run._complete = False
+    run = open_run(store, tmp_path)  # only now, after the training
     monkeypatch.setattr(mlflow_run, "_BATCH", 5)
     assert end(run, tmp_path) is None
     history = client(store).get_metric_history(run.run_id, "test/acc")

@@ -329,3 +329,13 @@ def test_pictures_of_the_documents_can_be_taken_anew(tmp_path, data_root):
 def _free():
     with taken() as port:
         return port
+
+
+@pytest.mark.parametrize(
+    ("port", "allowed"), [("1", True), ("65535", True), ("0", False), ("65536", False), ("x", False)]
+)
+def test_ports_are_numbers_from_one_to_65535(command, monkeypatch, port, allowed):
+    asked = []
+    monkeypatch.setattr(mlflow_server, "run", lambda name, store, port, *_: asked.append(port))
+    done = command("ui", "--port", port)
+    assert (done.returncode, asked) == ((0, [int(port)]) if allowed else (2, []))
