@@ -4,13 +4,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lenet_sweep.errors import RunFailed
-from lenet_sweep.runs import outputs
+from lenet_sweep.errors import RunFailed, TrackingError
+from lenet_sweep.runs import outputs, resume
 from lenet_sweep.runs.run import run
 from lenet_sweep.runs.spec import RunSpec
 from lenet_sweep.storage import checkpoint, fingerprint, run_index
 from lenet_sweep.storage.manifest import Job
-from lenet_sweep.storage.result import read_result
+from lenet_sweep.storage.result import Result, read_result, write_result
+from lenet_sweep.tracking.mlflow_store import MlflowStore
+from lenet_sweep.tracking.stores import open_store
 from lenet_sweep.training import engine, model, native, optim
 from lenet_sweep.training.backend import TorchBackend
 from lenet_sweep.training.randomness import generator
@@ -251,3 +253,25 @@ def test_state_of_the_native_step_is_not_gone_on_from_by_torchs(
     assert len(steps) == 2 * 3
     run(RunSpec(make_config(*MINI, "epochs=3"), tmp_path / "resumed"))
     assert len(steps) == 2 * 3 + 3 * 3
+
+
+@pytest.mark.parametrize(("store", "expected"), [("same", "FINISHED"), ("another", None)])
+def test_index_decides_what_is_finished_where_the_store_cannot_be_reached(
+    make_config, tmp_path, monkeypatch, store, expected
+):
+    def unreachable(self, hashes):
+        raise TrackingError("it is down")
+
+    monkeypatch.setattr(MlflowStore, "finished", unreachable)
+    spec = RunSpec(make_config("epochs=1"), tmp_path / "run", job=Job("sweep", 1, 1, ""))
+    assert resume.finished_before(spec) is None  # nothing is known here either
+    before = tmp_path / "before"
+    before.mkdir()
+    run_index.INDEX.mkdir(parents=True)
+    name = open_store(spec.config.tracking).name if store == "same" else "another store"
+    run_index.add(spec.config_hash, run_index.Entry(before, name, "id"))
+    write_result(before, Result("FINISHED", None, False, "id", spec.config_hash, 1.0, {}))
+    found = resume.finished_before(spec)
+    assert (found.status if found else None) == expected
+    single = RunSpec(spec.config, spec.folder)  # a single run is always trained
+    assert resume.finished_before(single) is None
