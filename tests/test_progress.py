@@ -111,16 +111,16 @@ def test_sweep_without_a_terminal_counts_its_jobs_and_tells_the_time_left(capsys
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with SweepScreen({"a": 4, "b": 4, "c": 2}) as screen:
         screen.progress("a", 0, 4, "")
-        now[0] = 60.0
-        screen.job_done("a", False)  # 4 of 10 epochs in a minute: 90 s are left
+        now[0] = 84.0
+        screen.job_done("a", False)  # 4 of 10 epochs in 84 s: 126 s are left
         screen.progress("b", 2, 6, "")  # resumes after epoch 2 of 6
         screen.progress("b", 4, 6, "")
         screen.job_done("c", True)
         now[0] = 100.0
         screen.job_done("b", True)
     assert capsys.readouterr().out.splitlines() == [
-        "1 of 3 runs, about 1:30 left",
-        "2 of 3 runs, 1 failed, about 0:15 left",
+        "1 of 3 runs, about 2:06 left",
+        "2 of 3 runs, 1 failed, about 0:21 left",
     ]
 
 

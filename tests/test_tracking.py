@@ -368,3 +368,24 @@ def test_only_epochs_before_the_wanted_one_are_a_prefix(tmp_path, monkeypatch):
     assert run_index.longest_prefix("abc", 2) is None
     (tmp_path / "5").rmdir()
     assert run_index.longest_prefix("abc", 10).folder.name == "2"
+
+
+@pytest.mark.parametrize("start", ["This is the best run of sweep ", "This run stands for sweep "])
+def test_note_about_sweeps_is_kept_in_the_wording_of_every_version(start):
+    about = f"{start}`x`.\n\n`Best: lr=0.1`"
+    assert mlflow_page.note_about_sweeps(f"`lr=0.1`\n\n{about}") == about
+    assert mlflow_page.note_about_sweeps(about) == about
+    assert mlflow_page.note_about_sweeps("`lr=0.1`") == ""
+
+
+@pytest.mark.parametrize(("count", "told"), [(0, "0 runs synced"), (1, "1 run synced"), (2, "2 runs synced")])
+def test_sync_counts_its_runs(command, tmp_path, monkeypatch, count, told):
+    monkeypatch.chdir(tmp_path)
+    store = local(tmp_path)
+    for number in range(count):
+        folder = tmp_path / str(number)
+        run = open_run(store, folder)
+        write_result(folder, Result("FINISHED", None, False, run.run_id, f"{number}", 1.0, {}))
+        run_index.mark_unsynced(folder)
+    assert command("sync").stdout == f"{told}\n"
+    assert run_index.unsynced() == []
