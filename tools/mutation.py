@@ -9,12 +9,12 @@ for type checkers are excluded. All other mutations count, equivalent ones too.
 
 The default tests run once under coverage, to record which tests execute which lines, also in the commands
 that they start. Each mutation is then made in a copy of the checkout. Only the tests that execute its lines
-run, the fastest files first, as many as fit into --budget. For a line outside of functions these are the
-tests of its module's functions; for a line that no test executes, those of the module's name and of the
-command line. A time-out counts as detected.
+run, the fastest first, as many as fit into --budget. For a line outside of functions these are the tests of
+its module's functions; for a line that no test executes, those of the module's name and of the command line.
+A time-out counts as detected.
 
 Ctrl-C loses nothing: the same command resumes from the results file and the folder beside it. With a higher
---budget it repeats survivors for which not all tests had run.
+--budget it runs, for each survivor, the tests that had been skipped.
 """
 
 import ast
@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 from mutation_tests import PACKAGES, ROOT, end_all, file_of, measure, own_files, run_tests, tests_of
 
 
-class Change(NamedTuple):
+class Mutation(NamedTuple):
     name: str  # file:line:column operator
     file: str
     line: int
@@ -48,7 +48,7 @@ class Change(NamedTuple):
     changed: str
 
 
-def draw(size: int, seed: int) -> list[Change]:
+def draw(size: int, seed: int) -> list[Mutation]:
     """Mutations at `size` random positions, each of which changes the program."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.mutating import mutate_code
@@ -65,21 +65,21 @@ def draw(size: int, seed: int) -> list[Change]:
             for nth, start in enumerate(starts):
                 places[file, start, name.partition("_")[0]].append((name, nth))
     chance = random.Random(seed)
-    sample: list[Change] = []
+    sample: list[Mutation] = []
     for place in chance.sample(sorted(places), len(places)):
         (file, (line, column), _), (name, nth) = place, chance.choice(places[place])
-        with suppress(AttributeError, SyntaxError):  # Cosmic Ray cannot change all kinds of `except a.B`
+        with suppress(AttributeError, SyntaxError):  # Cosmic Ray cannot mutation all kinds of `except a.B`
             changed = mutate_code(sources[file], operators[name], nth)
             if meaning(changed) != meaning(sources[file]):
-                title = f"{file}:{line}:{column + 1} {name.removeprefix('core/')}"
-                sample.append(Change(title, file, line, sources[file], changed))
+                title = f"{file}:{line}:{column + 1} {name.rpartition('/')[2]}"
+                sample.append(Mutation(title, file, line, sources[file], changed))
         if len(sample) == size:
             break
     return sample
 
 
 def meaning(source: str) -> str:
-    """The program without what only type checkers read."""
+    """The syntax tree without what only type checkers read."""
 
     def calls(hint: ast.expr) -> ast.expr:
         return ast.Tuple([node for node in ast.walk(hint) if isinstance(node, ast.Call)], ast.Load())
@@ -100,7 +100,7 @@ def meaning(source: str) -> str:
 
 
 def prepare(work: Path, code: str) -> dict[str, Any]:
-    """Copy the checkout to `work`/base and measure its tests there, if that is not done."""
+    """Copy the checkout to `work`/base and measure its tests there, unless that was done before."""
     kept = work / "base.json"
     if kept.exists() and (base := json.loads(kept.read_text()))["code"] == code:
         return dict(base)
@@ -108,64 +108,64 @@ def prepare(work: Path, code: str) -> dict[str, Any]:
     for file in own_files(""):
         (work / "base" / "checkout" / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / file, work / "base" / "checkout" / file)
-    base = measure(work) | {"code": code}
-    kept.write_text(json.dumps(base))
+    kept.write_text(json.dumps(base := measure(work) | {"code": code}))
     return base
 
 
-def try_change(change: Change, work: Path, base: dict[str, Any], given: Namespace) -> dict[str, Any]:
-    """Run the tests of a change in a copy of `work`/base and say what came of it."""
-    tests, seen = tests_of(change.file, change.source, change.line, base)
+def try_mutation(mutation: Mutation, passed: int, work: Path, base: Any, given: Namespace) -> dict[str, Any]:
+    """Run the tests of a mutation in a copy of `work`/base, except the first ones, which passed before."""
+    tests, seen = tests_of(mutation.file, mutation.source, mutation.line, base)
     tests = [test for test in tests if not re.search(given.without, test)]
     costs = list(itertools.accumulate(base["seconds"][test] for test in tests))
-    chosen = tests[: max(1, bisect.bisect(costs, given.budget))]
+    chosen = tests[passed : max(passed + 1, bisect.bisect(costs, given.budget))]
+    files = list(dict.fromkeys(file_of(test) for test in chosen))
+    chosen.sort(key=lambda test: files.index(file_of(test)))  # tests of a file share fixtures
     folder = Path(tempfile.mkdtemp(dir=work))
     for part in ("checkout", "cache"):
         shutil.copytree(work / "base" / part, folder / part)
-    (folder / "checkout" / change.file).write_text(change.changed, encoding="utf-8")
+    (folder / "checkout" / mutation.file).write_text(mutation.changed, encoding="utf-8")
     (folder / "chosen.json").write_text(json.dumps([chosen, list(base["seconds"])]))
-    files = dict.fromkeys(file_of(test) for test in chosen)
     began, told = time.monotonic(), {"MUTATION_CHOSEN": str(folder / "chosen.json")}
     code, output = run_tests(folder, 90 + 3 * given.budget, "-x", "--timeout=90", *files, **told)
     shutil.rmtree(folder, ignore_errors=True)
-    lines = output.splitlines()
+    lines, late = output.splitlines(), code is None or "Failed: Timeout (>" in output
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))]
     return {
-        "outcome": "timed out" if code is None else "survived" if code in (0, 5) else "detected",
+        "outcome": "timed out" if late else "survived" if code in (0, 5) else "detected",
         "by": failed[-1:] + failed[:1] or lines[-1:] if code else [],
         "seconds": round(time.monotonic() - began, 1),
-        "tests": len(chosen),
-        "left_out": len(tests) - len(chosen),
+        "tests": passed + len(chosen),
+        "left_out": len(tests) - passed - len(chosen),
         "seen": seen,
         "budget": given.budget,
     }
 
 
-def report(sample: list[Change], results: dict[str, Any]) -> Iterator[str]:
-    found = {change: results[change.name] for change in sample if change.name in results}
-    survivors = {change: result for change, result in found.items() if result["outcome"] == "survived"}
+def report(sample: list[Mutation], results: dict[str, Any]) -> Iterator[str]:
+    found = {mutation: results[mutation.name] for mutation in sample if mutation.name in results}
+    survivors = {mutation: result for mutation, result in found.items() if result["outcome"] == "survived"}
     late = sum(result["outcome"] == "timed out" for result in found.values())
     cut = sum(result["left_out"] > 0 for result in survivors.values())
     unseen = sum(not result["seen"] for result in survivors.values())
     share = f"{len(found) - len(survivors)} of {len(found)}, {1 - len(survivors) / len(found):.1%}"
-    yield f"The tests noticed {share} of the changes, {late} of them by a time-out."
-    yield f"{len(survivors)} survived: {cut} with tests left out by the budget, {unseen} that no test runs."
-    for change, result in survivors.items():
-        yield f"\n## {change.name}\n\n{result['tests']} tests run, {result['left_out']} left out\n\n```diff"
-        lines = change.source.splitlines(), change.changed.splitlines()
-        yield from difflib.unified_diff(*lines, change.file, change.file, n=2, lineterm="")
+    yield f"The tests detected {share} of the mutations, {late} of them by a time-out."
+    yield f"{len(survivors)} survived: {cut} with tests left to run, {unseen} on lines that no test executes."
+    for mutation, result in survivors.items():
+        yield f"\n## {mutation.name}\n\n{result['tests']} tests run, {result['left_out']} left out\n\n```diff"
+        lines = mutation.source.splitlines(), mutation.changed.splitlines()
+        yield from difflib.unified_diff(*lines, mutation.file, mutation.file, n=2, lineterm="")
         yield "```"
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("results", type=Path, help="JSON file of the results; an existing one is resumed")
-    add("--sample", type=int, default=150, help="number of mutations (default: 150)")
-    add("--seed", type=int, default=0, help="seed of the sample (default: 0)")
-    add("--budget", type=float, default=60, help="seconds of tests for each, as timed in the first run (60)")
-    add("--without", default="^$", help="tests to leave out, a regular expression: those of a clock")
-    add("--jobs", type=int, default=2, help="mutations tested at a time (default: 2)")
+    add("results", type=Path, help="a JSON file, created or resumed")
+    add("--sample", type=int, default=150, help="number of mutations (150)")
+    add("--seed", type=int, default=0, help="seed of the sample (0)")
+    add("--budget", type=float, default=60, help="seconds of tests for each, as timed with coverage (60)")
+    add("--without", default="^$", help="tests to skip (regular expression), such as those of a clock")
+    add("--jobs", type=int, default=2, help="mutations tested at a time (2)")
     given = parser.parse_args()
     work = given.results.absolute().with_suffix(".d")
     tested = [(ROOT / file).read_bytes() for file in own_files(*PACKAGES, "conf/", "tests/")]
@@ -175,13 +175,13 @@ def main() -> None:
         parser.error(f"{given.results} belongs to other code; choose another file")
     base, results = prepare(work, code), kept["results"]
     same = sample[0]._replace(line=1, changed=sample[0].source)
-    if not results and (control := try_change(same, work, base, given))["outcome"] != "survived":
+    if not results and (control := try_mutation(same, 0, work, base, given))["outcome"] != "survived":
         sys.exit(f"tests fail without any mutation: {control}")
-    cut = [name for name, r in results.items() if r["outcome"] == "survived" and r["left_out"]]
-    done = results.keys() - {name for name in cut if results[name]["budget"] < given.budget}
-    waiting = [change for change in sample if change.name not in done]
+    cut = {n: r for n, r in results.items() if r["outcome"] == "survived" and r["left_out"]}
+    again = {name: r["tests"] for name, r in cut.items() if r["budget"] < given.budget}
+    waiting = [mutation for mutation in sample if mutation.name not in results or mutation.name in again]
     with ThreadPoolExecutor(given.jobs) as pool:
-        running = {pool.submit(try_change, change, work, base, given): change for change in waiting}
+        running = {pool.submit(try_mutation, c, again.get(c.name, 0), work, base, given): c for c in waiting}
         try:
             for number, future in enumerate(as_completed(running), 1):
                 name = running[future].name

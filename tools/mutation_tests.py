@@ -68,7 +68,7 @@ def measure(work: Path) -> dict[str, Any]:
 
 
 def tests_of(file: str, source: str, line: int, base: dict[str, Any]) -> tuple[list[str], bool]:
-    """The tests that run a line of a file, the fastest files first; and whether they were seen to run it."""
+    """The tests that run a line of a file, the fastest first; and whether they were seen to run it."""
     names = list(base["seconds"])
     lines = base["lines"].get(file, {})
     found = {names[i] for near in _lines_run_with(source, line) for i in lines.get(str(near), [])}
@@ -76,10 +76,7 @@ def tests_of(file: str, source: str, line: int, base: dict[str, Any]) -> tuple[l
         words = {part.strip("_") for part in Path(file).with_suffix("").parts[1:]} | {"cli"}
         named = (test for test in names if base["seconds"][test] is not None)
         found = {test for test in named if Path(file_of(test)).stem.removeprefix("test_") in words}
-    cost: dict[str, float] = defaultdict(float)
-    for test in found:
-        cost[file_of(test)] += base["seconds"][test]
-    return sorted(found, key=lambda test: (cost[file_of(test)], file_of(test), base["seconds"][test])), seen
+    return sorted(found, key=lambda test: (base["seconds"][test], test)), seen
 
 
 def file_of(test: str) -> str:
@@ -142,7 +139,7 @@ def end_all(folder: Path) -> None:
 
 
 class Recorder:
-    """Pytest's plugin of the first run."""
+    """The plugin of the first run."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float | None] = {}
@@ -191,7 +188,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the chosen tests, in their order, and after them new ones: a change may rename cases."""
+    """Keep the chosen tests, in their order, and after them new ones: a mutation may rename cases."""
     if path := os.environ.get("MUTATION_CHOSEN"):
         chosen, known = json.loads(Path(path).read_text())
         order = {test: place for place, test in enumerate(chosen)}
