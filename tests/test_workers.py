@@ -92,10 +92,14 @@ def alive(processes):
 
 
 def trains(folder):
-    """The ids of the processes that are training, each with the folder of its run."""
+    """The ids of the processes that are training, each with the folder of its run.
+
+    A run has its metrics.jsonl only when the index knows of it, so that it is resumed if it is killed.
+    """
     running = {}
     for note in folder.glob("outputs/sweeps/*/*/tracking.json"):
-        if not (note.parent / "result.json").exists():
+        has_ended = (note.parent / "result.json").exists()
+        if not has_ended and (note.parent / "metrics.jsonl").exists():
             pid = json.loads(note.read_text())["tags"]["pid"]
             running[int(pid)] = note.parent
     return running
