@@ -276,7 +276,8 @@ def test_prefix_finds_the_one_run_or_tells_how_many_there_are(store, tmp_path):
         mlflow_query.find_run(store, "zz")
 
 
-def test_sweeps_are_found_by_the_start_of_their_ids_the_latest_first(tmp_path):
+def test_sweeps_are_found_by_the_start_of_their_ids_the_latest_first(tmp_path, put_database):
+    put_database(tmp_path)
     store = local(tmp_path)
     for number, sweep_id in enumerate(("2026-1", "2026-10", "2025-1", "2026-1")):
         open_run(store, tmp_path, tags={"sweep_id": sweep_id}, start_ms=1_000 + number)
@@ -298,7 +299,10 @@ def test_text_is_quoted_for_filters_which_know_no_escapes():
         mlflow_query.sweep_filter("\"'")
 
 
-def test_metrics_of_a_run_that_was_created_late_are_all_sent_in_several_batches(tmp_path, monkeypatch):
+def test_metrics_of_a_run_that_was_created_late_are_all_sent_in_several_batches(
+    tmp_path, monkeypatch, put_database
+):
+    put_database(tmp_path)
     store = local(tmp_path)
     records = [
         EpochRecord(EpochMetrics(epoch, 2.0, 0.5, 1.0, 0.5, None, None, 10.0, 1.0, ()), 1_000 + epoch)
@@ -313,7 +317,10 @@ def test_metrics_of_a_run_that_was_created_late_are_all_sent_in_several_batches(
     assert len(client(store).get_metric_history(run.run_id, "speed/epoch_s")) == 4
 
 
-def test_store_that_failed_once_is_left_alone_for_a_while_and_then_tried_again(tmp_path, monkeypatch):
+def test_store_that_failed_once_is_left_alone_for_a_while_and_then_tried_again(
+    tmp_path, monkeypatch, put_database
+):
+    put_database(tmp_path)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -336,7 +343,8 @@ def test_store_that_failed_once_is_left_alone_for_a_while_and_then_tried_again(t
     assert not run._complete
 
 
-def test_late_note_keeps_what_was_said_of_the_sweep(tmp_path):
+def test_late_note_keeps_what_was_said_of_the_sweep(tmp_path, put_database):
+    put_database(tmp_path)
     store = local(tmp_path)
     run = open_run(store, tmp_path, tags={"sweep_id": "mine"})
     end(run, tmp_path)
@@ -379,7 +387,8 @@ def test_note_about_sweeps_is_kept_in_the_wording_of_every_version(start):
 
 
 @pytest.mark.parametrize(("count", "told"), [(0, "0 runs synced"), (1, "1 run synced"), (2, "2 runs synced")])
-def test_sync_counts_its_runs(command, tmp_path, monkeypatch, count, told):
+def test_sync_counts_its_runs(command, tmp_path, monkeypatch, count, told, put_database):
+    put_database(tmp_path)
     monkeypatch.chdir(tmp_path)
     store = local(tmp_path)
     for number in range(count):

@@ -276,6 +276,7 @@ def test_in_one_process_every_group_gets_its_own_answer():
     assert dict(run_serial(abs, [-3, 4])) == {0: 3, 1: 4}
 
 
+@pytest.mark.slow
 def test_in_workers_every_group_gets_its_own_answer_and_one_that_kills_its_workers_fails_alone():
     answers = dict(dask_pool.run_parallel(_die_of_seven, [1, 7, 2, 4], 2))
     failure = answers.pop(1)
