@@ -104,9 +104,12 @@ def test_devices_are_described_for_people(two_gpus):
 def arithmetic():
     """Put back how torch computes."""
     kept = torch.get_num_threads(), torch.backends.cuda.matmul.fp32_precision
+    fills = torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.set_num_threads(kept[0])
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = kept[1]
+    torch.utils.deterministic.fill_uninitialized_memory = fills
+    for switch in (torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.cudnn.conv):
+        switch.fp32_precision = kept[1]
 
 
 @pytest.mark.parametrize(("tf32", "expected"), [(False, "ieee"), (True, "tf32")])
@@ -114,7 +117,7 @@ def test_arithmetic_is_what_the_config_says(arithmetic, tf32, expected):
     devices.set_arithmetic(3, PrecisionConfig(tf32=tf32, amp=False))
     assert torch.get_num_threads() == 3
     assert torch.backends.cuda.matmul.fp32_precision == expected
-    assert torch.backends.cudnn.fp32_precision == expected
+    assert torch.backends.cudnn.fp32_precision == torch.backends.cudnn.conv.fp32_precision == expected
     assert torch.backends.cudnn.deterministic
     assert not torch.backends.cudnn.benchmark
     devices.set_arithmetic("auto", PrecisionConfig(tf32=False, amp=False))
@@ -124,10 +127,12 @@ def test_arithmetic_is_what_the_config_says(arithmetic, tf32, expected):
 @pytest.mark.parametrize("cuda", [True, False])
 def test_kernels_are_chosen_deterministically_where_there_is_a_gpu(arithmetic, monkeypatch, cuda):
     calls = []
+    torch.utils.deterministic.fill_uninitialized_memory = True  # torch's default
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *a, **k: calls.append((a, k)))
     devices.set_arithmetic(1, PrecisionConfig(tf32=False, amp=False))
     assert calls == ([((True,), {"warn_only": True})] if cuda else [])
     assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if cuda else None)
+    assert torch.utils.deterministic.fill_uninitialized_memory == (not cuda)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)

@@ -67,12 +67,15 @@ def set_arithmetic(threads: int | str, precision: PrecisionConfig) -> None:
     fp32 = "tf32" if precision.tf32 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = fp32
     torch.backends.cudnn.fp32_precision = fp32
+    torch.backends.cudnn.conv.fp32_precision = fp32  # torch 2.11 does not pass it on to its operators
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     if torch.cuda.is_available():
         # cuBLAS reads this at its first use: https://docs.pytorch.org/docs/stable/notes/randomness.html.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # Otherwise every uninitialized tensor is filled with NaN, which launches about 60 more kernels a step.
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def keep_freed_memory() -> None:
