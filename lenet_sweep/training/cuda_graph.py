@@ -52,6 +52,13 @@ class GraphedStep:
                 self._step(static_indices)
         except RuntimeError as error:  # for example out of memory
             self._can_capture = False
-            log.warning("CUDA graph capture failed, so all steps run eagerly: %s", error)
+            log.warning("CUDA graph capture failed, so all steps run eagerly: %s", _root_cause(error))
         else:
             self._graphs[static_indices.shape] = graph, static_indices
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The first error of a chain: ending a failed capture raises an error of its own, which hides the cause."""
+    while error.__context__:
+        error = error.__context__
+    return error

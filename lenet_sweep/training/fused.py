@@ -68,11 +68,16 @@ class MemberBackend(TorchBackend):
 
 def width(device: torch.device, network: nn.Sequential, batch_size: int) -> int:
     """The number of runs like `network` that fit into the free memory of `device`; at least 1."""
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    free = _free_gpu_memory(device) if device.type == "cuda" else psutil.virtual_memory().available
     examples = max(batch_size, backend.EVALUATION_BATCH)
     indexable = 2**31 // (examples * max(_outputs(network)))  # CUDA kernels use 32-bit element indices
     return max(1, min(int(free * 0.8 / run_bytes(network, batch_size)), indexable))
+
+
+def _free_gpu_memory(device: torch.device) -> int:
+    """Free bytes of a GPU, including those that torch's allocator holds unused, as after another array."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def run_bytes(network: nn.Sequential, batch_size: int) -> int:
