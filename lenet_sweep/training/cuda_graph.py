@@ -58,7 +58,7 @@ class GraphedStep:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """The first error of a chain: ending a failed capture raises an error of its own, which hides the cause."""
+    """The first error of a chain: to end a failed capture raises another one, which hides the cause."""
     while error.__context__:
         error = error.__context__
     return error

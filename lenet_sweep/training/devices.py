@@ -74,7 +74,7 @@ def set_arithmetic(threads: int | str, precision: PrecisionConfig) -> None:
         # cuBLAS reads this at its first use: https://docs.pytorch.org/docs/stable/notes/randomness.html.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # Otherwise every uninitialized tensor is filled with NaN, which launches about 60 more kernels a step.
+        # Otherwise every uninitialized tensor is filled with NaN: about 60 more kernels a step.
         torch.utils.deterministic.fill_uninitialized_memory = False
 
 
