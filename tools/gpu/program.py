@@ -28,6 +28,7 @@ TUTORIAL_LOSS = {0.1: (0.90, 1.15), 0.5: (0.53, 0.57), 0.9: (0.44, 0.49)}
 TRAIN_EXAMPLES = 2_000 if SMALL else 60_000
 INTERRUPT_S = 4.0  # between Ctrl-C and the end of a command
 TO_TRY = ["data=fashion_mnist_mini", "epochs=1"] if SMALL else []
+FILES_IN_ORDER = ("config.yaml", "metrics.jsonl", "result.json")  # of a run: its start, epochs, end
 UNTRACKED = ["tracking=none"] if SMALL else []
 
 
@@ -129,7 +130,8 @@ def ladder(record: StepRecord) -> None:
         contenders = [f"{name} sigmoid/avg" for name in ("loop, 0 DataLoader workers", "backend=torch")]
         arguments += ["--rounds", "1", "--loader-workers", "0", "--only", *contenders]
     else:
-        arguments += ["--rounds", "2", "--loader-workers", "0", "4", "--only", "tutorial", "backend=torch"]
+        loops = [f"loop, {workers} DataLoader workers sigmoid/avg" for workers in (0, 4)]
+        arguments += ["--rounds", "1", "--loader-workers", "0", "4", "--only", *loops, "backend=torch"]
     done = run([sys.executable, "-m", "benchmarks.ladder", *arguments])
     record.claim("the command ended with code 0", done.returncode == 0, last(done))
     rungs = json.loads(samples.read_text(encoding="utf-8"))["rungs"]
@@ -153,19 +155,21 @@ def sweep_fused(record: StepRecord) -> None:
 
 
 def sweep_unfused(record: StepRecord) -> None:
-    """The same 64 runs, each alone."""
-    sweep(record, "off")
+    """Eight of these runs, each alone."""
+    sweep(record, "off", seeds=1)
 
 
-def sweep(record: StepRecord, fuse: str) -> None:
+def sweep(record: StepRecord, fuse: str, seeds: int = 8) -> None:
     """Measure a whole command. If its time is over, it is interrupted, and what it finished counts."""
     folder = work_folder(f"sweep_{fuse}")
     rates = "0.1,0.9" if SMALL else "0.1,0.3,0.5,0.7,0.8,0.9,1.0,1.2"
-    seeds, runs, epochs = ("0", 2, 1) if SMALL else ("range(8)", 64, 2)
-    grid = [f"lr={rates}", f"seed={seeds}", f"epochs={epochs}", f"data={DATASET}", *UNTRACKED]
-    started = time.perf_counter()
+    seeds, epochs = (1, 1) if SMALL else (seeds, 2)
+    runs = seeds * len(rates.split(","))
+    grid = [f"lr={rates}", f"seed=range({seeds})", f"epochs={epochs}", f"data={DATASET}", *UNTRACKED]
+    began, started = time.time(), time.perf_counter()
     done = command(*grid, f"sweep.fuse={fuse}", "-m", folder=folder, limit_s=record.left_s - 8)
     wall_s = time.perf_counter() - started
+    record.keep(timeline_s={name: since(began, folder, name) for name in FILES_IN_ORDER})
     finished = finished_runs(folder)
     rate = len(finished) * epochs * TRAIN_EXAMPLES / wall_s
     record.keep(
@@ -178,6 +182,12 @@ def sweep(record: StepRecord, fuse: str) -> None:
         f"{len(finished)} of {runs} runs x {epochs} epochs in {wall_s:.1f} s",
         f"{rate:,.0f} examples/s in all, {wall_s / max(1, len(finished)):.2f} s a run",
     )
+
+
+def since(began: float, folder: Path, name: str) -> list[float]:
+    """When the first and the last run last wrote the file `name`, in seconds after `began` (a Unix time)."""
+    times = [path.stat().st_mtime - began for path in folder.glob(f"outputs/**/{name}")]
+    return [round(min(times), 2), round(max(times), 2)] if times else []
 
 
 # ---------------------------------------------------------------- commands, and what they leave
