@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from lenet_sweep.errors import RunFailed
 from lenet_sweep.runs.array import run_array
 from lenet_sweep.runs.run import run
+from lenet_sweep.runs.session import RunSession
 from lenet_sweep.runs.spec import RunSpec
 from lenet_sweep.storage import metrics_file, run_index
 from lenet_sweep.storage.manifest import Job
@@ -72,6 +73,57 @@ def test_member_that_fails_leaves_the_others_be(orders):
     assert "loss became" in str(second)
     assert read_result(together[1].folder).status == "FAILED"
     assert len(numbers(together[2].folder)) == 3
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_member_whose_metrics_cannot_be_written_fails_alone(orders):
+    together = orders(("lr=0.1",), ("lr=0.2",))
+    together[0].folder.mkdir(parents=True)
+    (together[0].folder / "metrics.jsonl").symlink_to("/dev/full")
+    first, second = run_array(together)
+    assert "No space left" in str(first)
+    assert read_result(together[0].folder).status == "FAILED"
+    assert second.status == "FINISHED"
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_error_after_the_end_of_a_member_leaves_its_result(orders, monkeypatch, error):
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(RunSession, "_print_summary", broken)
+    together = orders(("lr=0.1", "epochs=1"), ("lr=0.2",))
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            run_array(together)
+    else:
+        first, second = run_array(together)
+        assert (first.status, str(second)) == ("FINISHED", "OSError: ")
+    ended = [read_result(order.folder).status for order in together]
+    assert ended == ["FINISHED", "KILLED" if error is KeyboardInterrupt else "FAILED"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_every_member_is_ended_even_if_one_cannot_be(orders, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError
+        yield
+
+    fail = RunSession.fail
+
+    def fail_all_but_one(session, error):
+        if "0.2" in session.spec.label:
+            raise AssertionError
+        fail(session, error)
+
+    monkeypatch.setattr(fused, "train", full)
+    monkeypatch.setattr(RunSession, "fail", fail_all_but_one)
+    together = orders(("lr=0.1",), ("lr=0.2",), ("lr=0.3",))
+    with pytest.raises(AssertionError):
+        run_array(together)
+    ended = [read_result(order.folder) for order in together]
+    assert [result and result.status for result in ended] == ["FAILED", None, "FAILED"]
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -44,6 +44,8 @@ def recorder():
 
 def test_run_reports_where_it_is_from_start_to_end(recorder):
     shown = RunProgress(10, "[2/3] lr=0.5", done=4)
+    assert recorder.calls == []
+    shown.start()
     shown.point(CurvePoint(4.2, 2.0, 0.25))
     shown.epoch(metrics(5))
     shown.point(CurvePoint(5.2, 1.5, 0.75))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lenet_sweep.config import parsing
 from lenet_sweep.errors import DeviceError, OutputError, RunFailed, TrackingError
-from lenet_sweep.runs import session
+from lenet_sweep.runs import progress, session
 from lenet_sweep.runs.run import run
 from lenet_sweep.runs.spec import RunSpec
 from lenet_sweep.storage import fingerprint
@@ -278,6 +278,54 @@ def test_full_disk_at_the_end_leaves_no_run_as_running(make_config, uri, tmp_pat
     config = make_config(*MINI, uri, "seed=78")
     result = run(RunSpec(config, tmp_path / "run"))
     assert client(config).get_run(result.run_id).info.status == "FINISHED"
+
+
+def test_run_that_is_stopped_as_it_starts_is_killed(make_config, uri, tmp_path):
+    class Stop(progress.Screen):  # as in a worker whose sweep was interrupted
+        def progress(self, *arguments):
+            raise KeyboardInterrupt
+
+    config = make_config(*MINI, uri, "seed=79")
+    with progress.reporting_to(Stop()), pytest.raises(KeyboardInterrupt):
+        run(RunSpec(config, tmp_path / "run"))
+    result = read_result(tmp_path / "run")
+    assert (result.status, result.reason) == ("KILLED", "interrupted")
+    assert client(config).get_run(result.run_id).info.status == "KILLED"
+
+
+def test_metrics_that_cannot_be_written_fail_the_run(make_config, uri, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    config = make_config(*MINI, uri, "seed=80")
+    with pytest.raises(RunFailed, match="No space left"):
+        run(RunSpec(config, tmp_path / "run"))
+    result = read_result(tmp_path / "run")
+    assert result.status == "FAILED"
+    assert client(config).get_run(result.run_id).info.status == "FAILED"
+
+
+@pytest.mark.parametrize(("where", "status"), [("write_result", "KILLED"), ("open_store", "FINISHED")])
+def test_run_that_is_interrupted_at_its_end_has_one_result(make_config, tmp_path, monkeypatch, where, status):
+    function, calls = getattr(session, where), []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == (1 if where == "write_result" else 2):  # the second store is opened for the summary
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    monkeypatch.setattr(session, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(RunSpec(make_config(*MINI, "tracking=none", "seed=81"), tmp_path / "run"))
+    assert read_result(tmp_path / "run").status == status
+
+
+def test_profile_that_cannot_be_written_does_not_fail_the_run(make_config, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "profile").touch()
+    result = run(RunSpec(make_config(*MINI, "tracking=none", "profile=true"), tmp_path / "run"))
+    assert result.status == "FINISHED"
+    assert "the profile could not be written: [Errno 17] File exists" in capsys.readouterr().out
 
 
 def test_folder_that_holds_a_run_is_refused_and_left_alone(finished, tmp_path):

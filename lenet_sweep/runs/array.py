@@ -101,14 +101,19 @@ class _Array:
             self._outcomes[i] = failure
 
     def _fail(self, i: int, error: BaseException) -> None:
+        session = self._sessions[i]
+        if session.result:  # the error came after its end
+            self._outcomes[i] = session.result
+            return
         try:
-            self._sessions[i].fail(error)
+            session.fail(error)
         except RunFailed as failure:
             self._outcomes[i] = failure
 
     def _fail_all(self, error: BaseException) -> None:
-        for i in self._sessions.keys() - self._outcomes.keys():
-            self._fail(i, error)
+        with contextlib.ExitStack() as ends:  # carries all of them out, even if one raises
+            for i in self._sessions.keys() - self._outcomes.keys():
+                ends.callback(self._fail, i, error)
 
     def _profiling(self) -> contextlib.AbstractContextManager[None]:
         """One profile of the whole array, in the folder of the first run that asks for one."""

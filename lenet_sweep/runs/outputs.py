@@ -92,10 +92,14 @@ def profiling(spec: RunSpec, device: torch.device) -> Iterator[None]:
     with torch.profiler.profile(record_shapes=True, experimental_config=all_threads) as profile:
         yield
     folder = spec.folder / "profile"
-    folder.mkdir(exist_ok=True)
-    profile.export_chrome_trace(str(folder / "trace.json"))
     order = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
     table = profile.key_averages().table(sort_by=order, row_limit=15)
-    write_atomic(folder / "operators.txt", table)
     progress.say(table)
+    try:
+        folder.mkdir(exist_ok=True)
+        profile.export_chrome_trace(str(folder / "trace.json"))
+        write_atomic(folder / "operators.txt", table)
+    except (OSError, RuntimeError) as error:  # RuntimeError is torch's
+        progress.say(f"the profile could not be written: {error}", spec.label)
+        return
     progress.say(f"trace {folder / 'trace.json'} (open it in https://ui.perfetto.dev)")

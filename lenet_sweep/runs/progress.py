@@ -211,13 +211,15 @@ def epoch_line(metrics: "EpochMetrics", epochs: int) -> str:
 
 
 class RunProgress:
-    """Reports how far one run is, from its construction until `close`."""
+    """Reports how far one run is, from `start` until `close`."""
 
     def __init__(self, epochs: int, run: str, done: int = 0) -> None:
         """`run` is its label ('[2/3] lr=0.5'), '' for a single run; `done` epochs are behind it."""
-        self._epochs, self._run = epochs, run
+        self._epochs, self._run, self._done = epochs, run, done
         self._last = ""  # the metrics of the last whole epoch
-        _reporter.progress(run, done, epochs, "")
+
+    def start(self) -> None:
+        _reporter.progress(self._run, self._done, self._epochs, "")
 
     def close(self) -> None:
         _reporter.stopped(self._run)

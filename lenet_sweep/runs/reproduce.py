@@ -149,6 +149,7 @@ def again(original: Original, data_root: str) -> Reproduction:
     state = prepare(config, say=progress.say)
     metrics: Metrics = {}
     with closing(RunProgress(last_epoch, "")) as shown:
+        shown.start()
         for epoch in engine.train(
             state,
             epochs=last_epoch,

@@ -45,10 +45,10 @@ def run(spec: RunSpec) -> Result:
             profile = spec.config.profile
             with outputs.profiling(spec, session.state.device) if profile else contextlib.nullcontext():
                 _train(session)
+            return session.finish()
         except BaseException as error:
             session.fail(error)
             raise
-        return session.finish()
 
 
 def _train(session: RunSession) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import time
-from typing import IO
+from pathlib import Path
 
 import torch
 
@@ -14,7 +14,7 @@ from lenet_sweep.runs import outputs, progress, resume
 from lenet_sweep.runs.progress import RunProgress
 from lenet_sweep.runs.spec import RunSpec
 from lenet_sweep.shapes import CLASSES, IMAGE_SHAPE
-from lenet_sweep.storage import checkpoint, fingerprint, run_index
+from lenet_sweep.storage import checkpoint, fingerprint, metrics_file, run_index
 from lenet_sweep.storage.metrics_file import EpochRecord
 from lenet_sweep.storage.result import Result, Status, write_result
 from lenet_sweep.storage.run_index import CHECKPOINT, Entry
@@ -32,9 +32,9 @@ EXPECTED_ERRORS = (LenetSweepError, OSError, RuntimeError, MemoryError)
 
 
 class RunSession:
-    """A run that has started. `start` makes one; `finish` or `fail` must be called once, at its end.
+    """A run that has started. `start` makes one; `finish` or `fail` must be called at its end.
 
-    Whoever trains it passes each epoch's metrics to `record` until `is_done`.
+    Whoever trains it passes each epoch's metrics to `record` until `is_done`. `result` is how it ended.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class RunSession:
         self._trajectory, self._logger = trajectory, logger
         self._started = time.perf_counter()
         self.progress = RunProgress(spec.config.epochs, spec.label, len(records))
-        self._metrics_file: IO[str] | None = None
+        self.result: Result | None = None
 
     @classmethod
     def start(cls, spec: RunSpec, *, fused: bool = False, data: Data | None = None) -> "RunSession":
@@ -76,13 +76,14 @@ class RunSession:
                 reason = failure_reason(error)
                 write_result(spec.folder, Result("FAILED", reason, False, None, spec.config_hash, 0.0, {}))
             raise
-        # From here on an interrupted run is found, with its checkpoint, in the new folder.
-        run_index.add(spec.config_hash, Entry(spec.folder, store.name, logger.run_id))
-        if previous and previous.folder.absolute() != spec.folder.absolute():
-            (previous.folder / CHECKPOINT).unlink(missing_ok=True)
         session = cls(spec, state, records, trajectory, logger)
         try:
-            session._open_metrics_file()
+            # From here on an interrupted run is found, with its checkpoint, in the new folder.
+            run_index.add(spec.config_hash, Entry(spec.folder, store.name, logger.run_id))
+            if previous and previous.folder.absolute() != spec.folder.absolute():
+                (previous.folder / CHECKPOINT).unlink(missing_ok=True)
+            session.progress.start()
+            session._log_earlier_epochs()
         except BaseException as error:
             session.fail(error)
             raise
@@ -113,7 +114,8 @@ class RunSession:
             self._trajectory,
             self.records,
         )
-        self._write(self.records[-1])
+        metrics_file.append(self._metrics_path, self.records[-1])
+        self._log(self.records[-1])
         self.progress.epoch(metrics)
 
     def finish(self) -> Result:
@@ -137,8 +139,10 @@ class RunSession:
 
         Raises:
             RunFailed: in place of an error that a run can meet (`EXPECTED_ERRORS`). Any other one is left to
-                the caller to raise.
+                the caller to raise, and so is any error after the end.
         """
+        if self.result:
+            return
         if isinstance(error, KeyboardInterrupt):
             self._end("KILLED", "interrupted")
             return
@@ -148,21 +152,21 @@ class RunSession:
         if isinstance(error, EXPECTED_ERRORS):
             raise RunFailed(failure_reason(error)) from error
 
-    def _open_metrics_file(self) -> None:
-        self._metrics_file = open(self.spec.folder / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115
-        for record in self.records:
-            self._write(record)
+    @property
+    def _metrics_path(self) -> Path:
+        return self.spec.folder / "metrics.jsonl"
 
-    def _write(self, record: EpochRecord) -> None:
-        assert self._metrics_file
-        self._metrics_file.write(record.dump() + "\n")
-        self._metrics_file.flush()
+    def _log_earlier_epochs(self) -> None:
+        """Write and track the epochs that a resumed run has behind it."""
+        metrics_file.write(self._metrics_path, self.records)
+        for record in self.records:
+            self._log(record)
+
+    def _log(self, record: EpochRecord) -> None:
         self._logger.log(record.metrics.epoch, record.named(), record.time_ms)
 
     def _end(self, status: Status, reason: str | None) -> Result:
         """Write how the run ended and close it in the store, or note that this is still to do."""
-        if self._metrics_file:
-            self._metrics_file.close()
         self.progress.close()
         seconds = round(time.perf_counter() - self._started, 3)
         last = self.records[-1] if self.records else None
@@ -183,6 +187,7 @@ class RunSession:
         except OSError as error:
             # A full disk must neither hide why the run ended nor leave it RUNNING in the store.
             progress.say(f"{folder}: the result could not be written: {error.strerror}")
+        self.result = result
         if problem := self._logger.end(result):
             progress.say(f"not tracked in full ({problem}); send the rest later: python -m lenet_sweep sync")
             return result

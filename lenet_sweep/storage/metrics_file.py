@@ -67,6 +67,17 @@ def parse(text: str) -> EpochRecord:
         raise ValueError(f"not a line of metrics: {text[:80]!r}") from error
 
 
+def write(path: Path, records: Sequence[EpochRecord]) -> None:
+    """Start a metrics.jsonl with `records`, in place of any earlier content."""
+    path.write_text("".join(f"{record.dump()}\n" for record in records), encoding="utf-8")
+
+
+def append(path: Path, record: EpochRecord) -> None:
+    """Add one line. The file is opened for each, so that hundreds of runs hold no open files."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"{record.dump()}\n")
+
+
 def read(path: Path, *, strict: bool = False) -> list[EpochRecord]:
     """The records in a metrics.jsonl; an empty list if it does not exist.
 
