@@ -135,6 +135,21 @@ def test_single_runs_are_named_by_the_start_of_their_ids(compare, sweeps):
     assert sorted(g["final_mean"] for g in settings()) == sorted(r["metrics"]["test/acc"] for r in results)
 
 
+def test_run_of_a_sweep_is_named_by_its_number(compare):
+    done = compare("first/1", "tracking=none", "--json", "t.json")
+    assert done.returncode == 0, done.stderr
+    (group,) = settings()
+    assert group["n"] == 1
+
+
+def test_damaged_manifest_is_named(compare, sweeps):
+    path = sweeps / "outputs" / "sweeps" / "first" / "sweep.json"
+    path.write_text(path.read_text()[:-20])
+    done = compare("first", "tracking=none")
+    assert done.returncode == 2
+    assert "error: outputs/sweeps/first/sweep.json: is damaged (JSONDecodeError(" in done.stderr
+
+
 def test_filter_is_mlflows_and_narrows_a_sweep_or_selects_of_all(compare):
     chosen = ("--filter", "params.lr = '0.1'", "--json", "t.json")
     compare("first", *chosen)

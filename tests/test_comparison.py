@@ -206,10 +206,11 @@ def test_job_that_waited_for_another_sweeps_run_has_that_ones_result(tmp_path, m
     assert (run.status, run.name, run.params["optimizer.lr"]) == ("FINISHED", "elsewhere", "0.3")
 
 
-def test_damaged_line_of_a_journal_is_left_out(tmp_path):
+def test_damaged_line_of_a_journal_is_left_out_with_a_warning(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     whole = EpochRecord(EpochMetrics(1, 2.0, 0.25, 1.0, 0.5, None, None, 10.0, 1.0, ()), 0).dump()
     path.write_text(f'{whole}\n[]\n{{"epoch": "x"}}\n{whole[:-9]}')
     history = read_history(path)
     assert (history["train/loss"], history[ACC]) == ({1: 2.0}, {1: 0.5})
     assert "val/acc" not in history
+    assert caplog.messages == [f"{path}: skipped 3 damaged lines"]

@@ -93,7 +93,7 @@ def test_devices_that_are_not_there_are_refused_and_auto_takes_what_there_is(mon
 
 def test_devices_are_described_for_people(two_gpus):
     assert devices.describe(torch.device("cuda", 1)) == "cuda:1 (NVIDIA Fake)"
-    assert devices.describe(torch.device("mps")) == "mps"
+    assert devices.describe(torch.device("mps")) == devices.describe(torch.device("mps", 0)) == "mps"
     with torch_threads(1):
         assert devices.facts(torch.device("cpu")) == ("cpu (1 thread)", 1)
     with torch_threads(2):

@@ -90,6 +90,15 @@ def test_editing_the_training_loop_changes_the_hash_and_editing_the_report_does_
     assert versions[0] == versions[1] != versions[2]
 
 
+def test_lock_file_of_an_editor_is_no_source(monkeypatch, tmp_path):
+    shutil.copytree(PACKAGE, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "training" / ".#model.py").symlink_to("somebody@somewhere.1")
+    monkeypatch.setattr(fingerprint, "PACKAGE", tmp_path)
+    names = [path.name for path in fingerprint.result_sources()]
+    assert "model.py" in names
+    assert ".#model.py" not in names
+
+
 def test_line_ends_of_a_checkout_do_not_change_the_hash(monkeypatch, tmp_path):
     shutil.copytree(PACKAGE, tmp_path, dirs_exist_ok=True)
     for source in [*tmp_path.rglob("*.py"), *tmp_path.rglob("*.cpp")]:

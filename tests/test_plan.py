@@ -164,6 +164,19 @@ def test_run_that_is_finished_in_another_store_only_is_trained(make_config, tmp_
     assert "not in this tracking store" in job.why
 
 
+def test_jobs_that_differ_in_their_store_only_are_skipped_each_by_its_own(make_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    untracked, tracked = make_config("tracking=none"), make_config()
+    config_hash = fingerprint.config_hash(untracked)
+    run_index.INDEX.mkdir(parents=True)
+    run_index.add(config_hash, run_index.Entry(tmp_path, None, None))
+    result("FINISHED")(tmp_path, config_hash)
+    planned = plan.make_plan([((), untracked), ((), tracked)])
+    assert [job.config_hash for job in planned] == [config_hash] * 2
+    assert [job.action for job in planned] == ["skip", "train"]
+    assert planned[1].why == "finished before, but not in this tracking store"
+
+
 def test_runs_whose_examples_are_chosen_by_seed_share_an_array_only_with_equal_seeds(make_config):
     def key(*overrides):
         return plan.array_key(make_config(*overrides))

@@ -72,6 +72,13 @@ def test_dry_run_lists_what_hydras_grammar_spans_and_starts_nothing(command, tmp
     assert not (tmp_path / "mlruns").exists()
 
 
+def test_launcher_without_its_sweeper_is_refused(command):
+    done = command(*MINI, "lr=0.1,0.2", "hydra/sweeper=basic", "-m")
+    assert done.returncode == 2
+    assert "hydra/launcher=lenet_sweep: works only with hydra/sweeper=lenet_sweep" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_bad_job_anywhere_in_a_sweep_stops_it_before_it_starts(command, tmp_path):
     done = command("data=fashion_mnist_mini", "model.kernel_size=5,4", "-m")
     assert done.returncode == 2

@@ -15,7 +15,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, flag_override
 
 from lenet_sweep.config import parsing
-from lenet_sweep.errors import LenetSweepError, RunFailed
+from lenet_sweep.errors import ConfigError, LenetSweepError, RunFailed
 from lenet_sweep.runs import preflight, progress
 from lenet_sweep.runs.spec import RunSpec
 from lenet_sweep.storage.manifest import read_manifest
@@ -79,7 +79,8 @@ def launch(
 
 def _run_specs(folder: Path, job_overrides: Sequence[Sequence[str]], first: int) -> list[RunSpec]:
     manifest = read_manifest(folder)
-    assert manifest is not None, "the sweeper writes a manifest"
+    if manifest is None:
+        raise ConfigError("hydra/launcher=lenet_sweep: works only with hydra/sweeper=lenet_sweep")
     specs = []
     for number, overrides in enumerate(job_overrides, start=first):
         config, job = manifest.job(folder, number)

@@ -10,7 +10,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from lenet_sweep.cli.compose import Composer
-from lenet_sweep.errors import ConfigError
+from lenet_sweep.errors import ConfigError, OutputError
 from lenet_sweep.paths import write_atomic
 from lenet_sweep.runs import preflight
 from lenet_sweep.storage.manifest import write_manifest
@@ -50,7 +50,7 @@ def sweep(
     if missing:  # write_manifest refuses the folder of another sweep before anything in it is changed
         command = shlex.join(["python", "-m", "lenet_sweep", *sys.argv[1:]])
         write_manifest(folder, to_manifest(command, planned, missing))
-        write_atomic(folder / "multirun.yaml", OmegaConf.to_yaml(config))
+        _write_multirun(folder, config)
     try:
         if missing:
             launcher = Plugins.instance().instantiate_launcher(
@@ -61,3 +61,11 @@ def sweep(
         # Also after Ctrl-C and after an error in the launcher itself.
         report_sweep(planned, missing, folder, [job._return_value for jobs in returns for job in jobs])
     return returns
+
+
+def _write_multirun(folder: Path, config: DictConfig) -> None:
+    """Write the sweep's composed config where Hydra's own sweepers write it."""
+    try:
+        write_atomic(folder / "multirun.yaml", OmegaConf.to_yaml(config))
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error

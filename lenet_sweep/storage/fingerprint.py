@@ -60,5 +60,6 @@ def code_version() -> str:
 
 def result_sources() -> list[Path]:
     """The sources whose text can change a number, in a fixed order."""
-    room = [path for path in (PACKAGE / "training").iterdir() if path.suffix in (".py", ".cpp")]
-    return sorted([*room, PACKAGE / "shapes.py"])
+    paths = [path for path in (PACKAGE / "training").rglob("*") if path.suffix in (".py", ".cpp")]
+    # An editor may keep a file like .#model.py, a dangling link, beside a source that it has open.
+    return sorted([*(path for path in paths if not path.name.startswith(".")), PACKAGE / "shapes.py"])

@@ -73,9 +73,14 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest in a sweep's folder; None if it is missing or damaged."""
+    """The manifest in a sweep's folder; None if there is none.
+
+    Raises:
+        OutputError: if it cannot be read or is damaged.
+    """
+    path = folder / "sweep.json"
     try:
-        values = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
         return Manifest(
             str(values.get("command", "")),
             tuple(
@@ -93,8 +98,12 @@ def read_manifest(folder: Path) -> Manifest | None:
                 for run in values.get("finished_before", [])
             ),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{path}: is damaged ({error!r})") from error
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

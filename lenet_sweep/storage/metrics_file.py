@@ -1,6 +1,7 @@
 """metrics.jsonl: what a run measured, a line an epoch, in the names that MLflow has too."""
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lenet_sweep.training.metrics import CurvePoint, EpochMetrics
+
+log = logging.getLogger(__name__)
 
 # Field of EpochMetrics -> name in metrics.jsonl and in MLflow.
 NAMES = {
@@ -81,16 +84,19 @@ def append(path: Path, record: EpochRecord) -> None:
 def read(path: Path, *, strict: bool = False) -> list[EpochRecord]:
     """The records in a metrics.jsonl; an empty list if it does not exist.
 
-    A damaged line, as a crash can leave it, is skipped.
+    A damaged line, as a crash can leave it, is skipped with a warning.
 
     Raises:
         ValueError: if `strict` and a line is damaged.
     """
-    found = []
+    found, damaged = [], 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             found.append(parse(line))
         except ValueError:
             if strict:
                 raise
+            damaged += 1
+    if damaged:
+        log.warning("%s: skipped %d damaged line%s", path, damaged, "s" * (damaged > 1))
     return found

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Literal
 
-from lenet_sweep.config.schema import Config
+from lenet_sweep.config.schema import Config, MlflowConfig, NoTrackingConfig
 from lenet_sweep.storage import fingerprint, run_index
 from lenet_sweep.storage.result import Result, read_result
 from lenet_sweep.storage.run_index import CHECKPOINT
@@ -33,16 +33,17 @@ def make_plan(jobs: Sequence[tuple[tuple[str, ...], Config]]) -> list[Planned]:
         TrackingError: if a tracking store cannot be reached.
     """
     hashes = [fingerprint.config_hash(config) for _, config in jobs]
-    results: dict[str, Result] = {}
+    # Tracking does not enter the hash, so jobs of two stores can have the same.
+    results: dict[MlflowConfig | NoTrackingConfig, dict[str, Result]] = {}
     for tracking in {config.tracking for _, config in jobs}:
         to_look_up = [
             config_hash
             for (_, config), config_hash in zip(jobs, hashes, strict=True)
             if config.tracking == tracking and not config.sweep.rerun
         ]
-        results |= open_store(tracking).finished(to_look_up) if to_look_up else {}
+        results[tracking] = open_store(tracking).finished(to_look_up) if to_look_up else {}
     return [
-        _choose_action(overrides, config, config_hash, results.get(config_hash))
+        _choose_action(overrides, config, config_hash, results[config.tracking].get(config_hash))
         for (overrides, config), config_hash in zip(jobs, hashes, strict=True)
     ]
 

@@ -65,7 +65,9 @@ class FolderStore:
         self, metrics: Sequence[str], *, sweep_id: str = "", run_ids: Sequence[str] = (), where: str = ""
     ) -> list[Record]:
         assert sweep_id, "without ids only a sweep's folder can be read"
-        return records.of_sweep(SWEEPS / sweep_id)
+        folder = SWEEPS / sweep_id
+        is_run = (folder / "config.yaml").is_file()  # SWEEP/N
+        return [records.of_folder(folder)] if is_run else records.of_sweep(folder)
 
     def fetch(self, name: str, folder: Path, files: Iterable[str]) -> tuple[str, Metrics]:
         raise ConfigError(f"{name!r}: there is no such folder; run ids need tracking=mlflow")

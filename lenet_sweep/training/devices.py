@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ def describe(device: torch.device) -> str:
     if device.type == "cpu":
         threads = torch.get_num_threads()
         return f"cpu ({threads} thread{'s' if threads > 1 else ''})"
-    return str(device)
+    return device.type  # tensors say mps:0
 
 
 def facts(device: torch.device) -> tuple[str, int]:
@@ -65,17 +66,19 @@ def set_arithmetic(threads: int | str, precision: PrecisionConfig) -> None:
     keep_freed_memory()
     torch.set_num_threads(threads if isinstance(threads, int) else _default_threads)
     fp32 = "tf32" if precision.tf32 else "ieee"
+    cudnn: Any = torch.backends.cudnn  # `conv` is not declared
     torch.backends.cuda.matmul.fp32_precision = fp32
-    torch.backends.cudnn.fp32_precision = fp32
-    torch.backends.cudnn.conv.fp32_precision = fp32  # torch 2.11 does not pass it on to its operators
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
+    cudnn.fp32_precision = fp32
+    cudnn.conv.fp32_precision = fp32  # torch 2.11 does not pass it on to its operators
+    cudnn.deterministic = True
+    cudnn.benchmark = False
     if torch.cuda.is_available():
         # cuBLAS reads this at its first use: https://docs.pytorch.org/docs/stable/notes/randomness.html.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         # Otherwise every uninitialized tensor is filled with NaN: about 60 more kernels a step.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        deterministic: Any = torch.utils.deterministic  # not declared either
+        deterministic.fill_uninitialized_memory = False
 
 
 def keep_freed_memory() -> None:
