@@ -176,10 +176,13 @@ def test_levels_are_sorted_as_numbers_where_they_are():
 
 def test_val_accuracy_is_offered_where_the_choice_was_made_on_test_data():
     runs = [record(lr, 0, 0.5) for lr in (0.1, 0.2)]
-    assert "data.val_size=5000" in comparison.notes(compare(runs, ACC))[-1]
+    assert (
+        "train with data.val_size=N, then compare --metric val/acc."
+        in comparison.notes(compare(runs, ACC))[-1]
+    )
     for run in runs:
         run.history["val/acc"] = {1: 0.5}
-    assert "compare --metric val/acc" in comparison.notes(compare(runs, ACC))[-1]
+    assert "compare --metric val/acc; these runs have it." in comparison.notes(compare(runs, ACC))[-1]
     assert "test data" not in "".join(comparison.notes(compare(runs, "val/acc")))
 
 

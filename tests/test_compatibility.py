@@ -60,8 +60,8 @@ def test_compare_reads_the_same_from_the_folders(command, folder):
 def test_reproduce_says_that_the_code_version_differs(command, folder):
     done = command("reproduce", best_run(folder)[:8], "tracking.uri=sqlite:///mlruns/mlflow.db")
     assert done.returncode in (0, 3)  # another machine's rounding may differ
-    assert "different" in done.stdout if done.returncode else "identical, bit for bit" in done.stdout
-    assert "code_version: " in done.stdout
+    assert "different" in done.stdout if done.returncode else "bit-identical: " in done.stdout
+    assert "the code version differs: code that computes the results has changed since then\n" in done.stdout
 
 
 def test_ui_finds_the_sweep(folder, make_config):

@@ -25,7 +25,16 @@ def gpus(monkeypatch):
 
 @pytest.mark.parametrize(
     ("installed", "visible", "expected"),
-    [(0, None, 0), (2, None, 2), (4, "1,3", 2), (4, "", 0), (1, "0,1,2", 1), (2, "0, ", 1)],
+    [
+        (0, None, 0),
+        (2, None, 2),
+        (4, "1,3", 2),
+        (4, "", 0),
+        (1, "0,1,2", 1),
+        (2, "0, ", 1),
+        (4, "-1", 0),
+        (4, "1,-1,2", 1),
+    ],
 )
 def test_gpus_are_those_that_are_installed_and_visible(gpus, installed, visible, expected):
     assert gpus(installed, visible) == expected

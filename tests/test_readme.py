@@ -59,7 +59,7 @@ SMALL = ("data=fashion_mnist_mini", "epochs=1", "data.train_size=300", "threads=
 def commands(document):
     text = (CHECKOUT / document).read_text(encoding="utf-8")
     for block in re.findall(r"^```(?:bash|console|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        yield from block.splitlines()
+        yield from (line.partition("  #")[0].rstrip() for line in block.splitlines())
 
 
 COMMANDS = [*commands("README.md"), *commands("CONTRIBUTING.md")]
@@ -100,4 +100,9 @@ def test_every_other_command_works_on_a_few_pictures(command_in, tmp_path):
 def test_documents_name_only_files_that_exist():
     for document in (CHECKOUT / "README.md", CHECKOUT / "CONTRIBUTING.md", *(CHECKOUT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)]+)\)", document.read_text(encoding="utf-8")):
-            assert (document.parent / target).exists(), f"{document}: {target}"
+            path, _, heading = target.partition("#")
+            linked = document.parent / path if path else document
+            assert linked.exists(), f"{document}: {target}"
+            if heading:
+                titles = re.findall(r"^#+ (.*)", linked.read_text(encoding="utf-8"), re.MULTILINE)
+                assert heading in [title.lower().replace(" ", "-") for title in titles], target

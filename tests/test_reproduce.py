@@ -47,7 +47,9 @@ def test_finished_run_is_reproduced_bit_for_bit_by_id_prefix_folder_and_config(c
     for name in (run_id, run_id[:6], str(folder), str(folder / "config.yaml")):
         done = cli("reproduce", name)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "identical, bit for bit: every metric of 2 epochs and the weights" in done.stdout
+        assert (
+            "bit-identical: all metrics of 2 epochs, and the weights (speed is not compared)" in done.stdout
+        )
 
 
 def test_metric_changed_by_one_unit_in_the_last_place_is_found(cli, trained, tmp_path):
@@ -102,7 +104,7 @@ def test_run_that_was_cut_short_is_compared_as_far_as_it_went(cli, trained):
     (folder / "model" / "weights.safetensors").unlink()
     done = cli("reproduce", str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "identical, bit for bit: every metric of 1 epoch\n" in done.stdout
+    assert "bit-identical: all metrics of 1 epoch (speed is not compared)\n" in done.stdout
     assert "the original ended after epoch 1 of 2" in done.stdout
 
 
@@ -239,7 +241,7 @@ def test_variant_changes_the_optimizers_rate_with_lr_and_only_then(
     specs = []
     monkeypatch.setattr(reproduction, "run", specs.append)
     monkeypatch.setattr(reproduction.preflight, "check", lambda *_: None)
-    reproduction.variant(original, make_config(), changes, ("typed=1",))
+    reproduction.train_variant(original, make_config(), changes, ("typed=1",))
     (spec,) = specs
     assert (spec.config.lr, spec.config.optimizer.lr) == expected
     assert (spec.origin, spec.overrides, spec.job) == ("a run", ("typed=1",), None)

@@ -250,7 +250,7 @@ def test_ctrl_c_ends_the_server_and_leaves_nothing_behind(original):
             cwd=original, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert again.stdout.splitlines() == ["a server for this store is already running", address]
-        assert mlflow_client.answers(f"http://127.0.0.1:{port}")
+        assert mlflow_client.responds(f"http://127.0.0.1:{port}")
     assert process.returncode == 0
     deadline = time.monotonic() + 5
     while any(member.is_running() for member in family) and time.monotonic() < deadline:

@@ -267,11 +267,14 @@ def _test_note(comparison: Comparison) -> str:
     metric = comparison.metric.replace("test/", "val/")
     held_out = all(metric in run.history for setting in comparison.settings for run in setting.counted)
     how = (
-        f"these runs have validation metrics: compare --metric {metric}"
+        f"compare --metric {metric}; these runs have it"
         if held_out
-        else f"hold out examples with data.val_size=5000, then compare --metric {metric}"
+        else f"train with data.val_size=N, then compare --metric {metric}"
     )
-    return f"The best setting was selected on test data, so its result is slightly optimistic; {how}."
+    return (
+        "The best setting was selected by its result on test data, so that result is slightly too good. "
+        f"To avoid this, {how}."
+    )
 
 
 def _setting(key: tuple[str, ...], runs: Sequence[Record], metric: str) -> Setting:

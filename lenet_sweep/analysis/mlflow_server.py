@@ -97,7 +97,7 @@ class _Server:
             TrackingError: if its process ends first, or after 90 seconds.
         """
         deadline = time.monotonic() + _START_TIMEOUT_S
-        while not mlflow_client.answers(self.address) or self._has_ended():
+        while not mlflow_client.responds(self.address) or self._has_ended():
             if self._has_ended():
                 raise TrackingError(f"MLflow's server did not start: {self.last_line()}")
             if time.monotonic() > deadline:
@@ -126,7 +126,7 @@ def _server(store: MlflowStore, port: int | None, say: Say) -> Iterator[_Server]
     for candidate in [port] if port else range(PORT, PORT + _PORTS):
         if _is_free(candidate):
             break
-        if mlflow_client.serves(f"http://{HOST}:{candidate}", store.config):
+        if mlflow_client.serves_store(f"http://{HOST}:{candidate}", store.config):
             say("a server for this store is already running")
             yield _Server(f"http://{HOST}:{candidate}")
             return

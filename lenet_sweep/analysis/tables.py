@@ -42,9 +42,14 @@ class Row:
         return self.result is None or self.result.status != "FINISHED"
 
     @property
+    def is_lost(self) -> bool:
+        """Whether the run was started and left no result, as after SIGKILL or a power cut."""
+        return self.result is None and self.folder is not None and self.folder.exists()
+
+    @property
     def status(self) -> str:
         if self.result is None:
-            return "LOST" if self.folder and self.folder.exists() else "not started"
+            return "LOST" if self.is_lost else "not started"
         notes = [
             note
             for note, holds in (("collapsed", self.result.collapsed), ("before", not self.folder))
@@ -129,7 +134,7 @@ def answer(comparison: Comparison) -> str:
     decimals = digits(comparison)
     averaged = [setting for setting in comparison.settings if setting.final]
     if not averaged:
-        return "No run ended well, so there is nothing to compare."
+        return "All runs failed, were interrupted or collapsed, so there is nothing to compare."
     best, final = averaged[0], averaged[0].final
     assert final is not None
     runs = "one run" if final.n == 1 else f"{final.n} runs, 95 % interval {interval(final, decimals)}"
@@ -239,7 +244,7 @@ def cells(comparison: Comparison, setting: Setting, headings: Sequence[str]) -> 
         "final": spread(setting.final, decimals),
         "95 % interval": interval(setting.final, decimals),
         "best": spread(setting.best, decimals),
-        "at epoch": spread(setting.best_epoch, 1),
+        "at epoch": spread(setting.best_epoch, 1 if len(setting.counted) > 1 else 0),
         "seconds": spread(setting.seconds, 1),
         "examples/s": f"{setting.examples_per_s.mean:,.0f}" if setting.examples_per_s else "",
         "verdict": f"{MARKS[setting.verdict]}{p}".strip(),
@@ -259,6 +264,8 @@ def common(comparison: Comparison) -> str:
 
 
 def _reason(row: Row) -> str:
+    if row.is_lost:
+        return "stopped without a result (was its process killed?)"
     return (row.result.reason if row.result else None) or row.status
 
 

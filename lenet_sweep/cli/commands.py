@@ -59,22 +59,24 @@ def data(arguments: list[str]) -> None:
 
 
 def sync(arguments: list[str]) -> None:
-    """Sync runs whose tracking store was unreachable while they trained."""
+    """Send to the tracking store the results that it missed while it could not be
+    reached.
+    """
     from lenet_sweep.tracking import recovery
 
     _parser(sync).parse_args(arguments)
     synced, problems = recovery.sync_all()
-    print(f"{synced} run{'s' * (synced != 1)} synced")
+    print(f"{_count(synced, 'run')} synced")
     if problems:
         raise TrackingError("\n".join(problems))
 
 
 def reproduce(arguments: list[str]) -> int:
-    """Train a run again from its stored config and report whether its results are
-    bit-identical.
+    """Train a run again from its stored config, and report whether its metrics and
+    weights are bit-identical. The speed is not compared.
 
-    With overrides (such as lr=0.3), train a variant of the run instead: a new
-    run, tagged with its origin.
+    With overrides (such as lr=0.3), train a variant instead: a new run, tagged
+    with its origin.
     """
     parser = _parser(
         reproduce,
@@ -94,15 +96,15 @@ def reproduce(arguments: list[str]) -> int:
     config = compose(local)
     changes = [parse_override(override) for override in options.overrides if override not in local]
 
-    from lenet_sweep.runs.reproduce import again, find, variant
+    from lenet_sweep.runs.reproduce import load_original, retrain, train_variant
 
-    original = find(options.run, open_store(config.tracking))
+    original = load_original(options.run, open_store(config.tracking))
     if changes:
-        variant(original, config, changes, tuple(options.overrides))
+        train_variant(original, config, changes, tuple(options.overrides))
         return 0
-    verdict = again(original, config.data.root)
-    print("\n".join(verdict.lines()))
-    return 0 if verdict.identical else _DIFFERENT
+    reproduction = retrain(original, config.data.root)
+    print("\n".join(reproduction.lines()))
+    return 0 if reproduction.identical else _DIFFERENT
 
 
 def predict(arguments: list[str]) -> None:
@@ -185,7 +187,7 @@ def compare(arguments: list[str]) -> None:
     selected = selection.select(names, store, options.filter, list(metrics))
     result = comparison.compare(selected.runs, options.metric, options.by)
     screen = progress.console()
-    screen.print(tables.plain(f"{len(selected.runs)} runs of {selected.title}"), soft_wrap=True)
+    screen.print(tables.plain(f"{_count(len(selected.runs), 'run')} of {selected.title}"), soft_wrap=True)
     screen.print(tables.comparison_table(result, screen.width))
     for line in [*tables.comparison_lines(result), *_write(options, result, selected)]:
         screen.print(tables.plain(line), soft_wrap=True)
@@ -217,7 +219,8 @@ def _write(options: argparse.Namespace, result: "Comparison", selected: "Selecti
 
 def _compare_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = _parser(
-        compare, "tracking.uri=... selects the tracking store. With tracking=none, SWEEP is a folder."
+        compare,
+        "tracking.uri=... selects the tracking store. With tracking=none, SWEEP is a folder\nor its name in outputs/sweeps.",
     )
     parser.add_argument(
         "words",
@@ -258,7 +261,7 @@ def ui(arguments: list[str]) -> int:
 
     parser = _parser(
         ui,
-        "tracking.uri=... selects the tracking store. If it is a server, only the browser is\nopened.",
+        "tracking.uri=... selects the tracking store. If the store is a server, only the\nbrowser is opened.",
     )
     parser.add_argument(
         "words",
@@ -286,6 +289,11 @@ def ui(arguments: list[str]) -> int:
     except KeyboardInterrupt:  # before the page was opened
         return INTERRUPTED
     return 0
+
+
+def _count(number: int, noun: str) -> str:
+    """'1 run' or '3 runs'."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _port(text: str) -> int:

@@ -1,7 +1,11 @@
-"""The cores, GPUs and memory of a machine, found without torch."""
+"""The cores, GPUs and memory of a machine, found without torch.
+
+`training.devices` chooses the device of a run with torch.
+"""
 
 import os
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import psutil
@@ -37,4 +41,6 @@ def _gpus() -> int:
     installed = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if visible is None:
         return installed
-    return min(installed, len([name for name in visible.split(",") if name.strip()]))
+    names = [name.strip() for name in visible.split(",")]
+    # CUDA ignores what follows a name that is not valid, such as the -1 that hides all GPUs.
+    return min(installed, len(list(takewhile(lambda name: name not in ("", "-1"), names))))

@@ -15,7 +15,7 @@ from lenet_sweep.paths import atomic_path, write_atomic
 from lenet_sweep.runs import progress
 from lenet_sweep.runs.spec import RunSpec
 from lenet_sweep.shapes import CLASSES
-from lenet_sweep.storage.environment import describe_environment, git_state, uncommitted_diff
+from lenet_sweep.storage.environment import describe_environment, uncommitted_diff
 from lenet_sweep.training import devices
 from lenet_sweep.training.metrics import EpochMetrics
 from lenet_sweep.training.state import TrainingState
@@ -56,33 +56,12 @@ def _plot_inside(state: TrainingState, predicted_N: torch.Tensor, folder: Path) 
     plots.errors(errors, data.class_names, folder / "mistakes.png")
 
 
-def describe_surroundings(folder: Path, state: TrainingState) -> None:
+def write_environment(folder: Path, state: TrainingState) -> None:
     """Write environment.json, and uncommitted.diff if the code's checkout has uncommitted changes."""
     environment = describe_environment(*devices.facts(state.device), state.backend.name)
     write_atomic(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     if diff := uncommitted_diff():
         write_atomic(folder / "uncommitted.diff", diff)
-
-
-def run_tags(spec: RunSpec) -> dict[str, str]:
-    """The tags of the run in its store."""
-    git = git_state()
-    tags = {
-        "config_hash": spec.config_hash,
-        "git_commit": git.commit or "none: not run from a checkout",
-        "git_dirty": str(git.dirty).lower(),
-        "mlflow.source.name": "lenet_sweep",
-        "mlflow.source.type": "LOCAL",
-    }
-    if git.commit:
-        tags["mlflow.source.git.commit"] = git.commit
-    if spec.job:
-        tags["sweep_id"] = spec.job.sweep_id
-    if spec.job and spec.job.colour:
-        tags["mlflow.runColor"] = spec.job.colour
-    if spec.origin:
-        tags["origin"] = spec.origin
-    return tags
 
 
 @contextlib.contextmanager

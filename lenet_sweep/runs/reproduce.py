@@ -35,7 +35,7 @@ from lenet_sweep.training.state import prepare
 
 _FILES = ("config.yaml", "metrics.jsonl", "environment.json", "model/weights.safetensors")
 
-# Parts of the environment that can change bits; the commit and the code version are reported, too.
+# Parts of the environment that can change bits; the commit is reported, too.
 _DECISIVE = ("python", "cpu", "device", "threads", "backend", "packages torch", "packages numpy")
 
 
@@ -72,7 +72,8 @@ class Reproduction:
     planned_epochs: int
     differences: tuple[Difference, ...]  # in the order of epochs
     weights_differ: bool | None  # None: no final weights of the original are stored
-    environment_changes: tuple[str, ...]  # a line for each difference between the environments
+    code_changed: bool
+    environment_changes: tuple[str, ...]  # a line for each other difference between the environments
 
     @property
     def identical(self) -> bool:
@@ -81,14 +82,16 @@ class Reproduction:
     def lines(self) -> list[str]:
         """The outcome as lines of text, the most important one first."""
         if self.identical:
-            weights = "" if self.weights_differ is None else " and the weights"
-            lines = [f"identical, bit for bit: every metric of {_epochs(self.epochs)}{weights}"]
+            weights = "" if self.weights_differ is None else ", and the weights"
+            lines = [f"bit-identical: all metrics of {_epochs(self.epochs)}{weights} (speed is not compared)"]
         else:
             lines = ["different", *self._differences()]
         if self.epochs < self.planned_epochs:
             lines.append(f"the original ended after epoch {self.epochs} of {self.planned_epochs}")
         if self.weights_differ is None:
             lines.append("the original has no stored weights, so only its metrics were compared")
+        if self.code_changed:
+            lines.append("the code version differs: code that computes the results has changed since then")
         if self.environment_changes:
             lines += ["differences between the environments:", *(f"  {s}" for s in self.environment_changes)]
         if "backend: fused" in " ".join(self.environment_changes) and not self.identical:
@@ -120,7 +123,7 @@ def _epochs(n: int) -> str:
     return f"{n} epoch" if n == 1 else f"{n} epochs"
 
 
-def find(name: str, store: Store) -> Original:
+def load_original(name: str, store: Store) -> Original:
     """Read the stored data of the run `name`: a folder, a config.yaml, or an id in `store`.
 
     Raises:
@@ -134,7 +137,7 @@ def find(name: str, store: Store) -> Original:
     return dataclasses.replace(original, metrics=_exact(metrics)) if metrics else original
 
 
-def again(original: Original, data_root: str) -> Reproduction:
+def retrain(original: Original, data_root: str) -> Reproduction:
     """Train the original's config again, with its threads and for its number of epochs, and compare.
 
     Raises:
@@ -186,7 +189,7 @@ def _for_here(original: Original, data_root: str) -> Config:
     return config
 
 
-def variant(
+def train_variant(
     original: Original, here: Config, changes: Sequence[tuple[str, Any]], overrides: tuple[str, ...]
 ) -> None:
     """Train the original's config with some values changed, as a new run, in the places that `here` names.
@@ -251,6 +254,7 @@ def _compare(original: Original, metrics: Metrics, weights: str, environment: di
         original.config.epochs,
         differences,
         None if kept is None else kept != weights,
+        original.environment.get("code_version") != environment["code_version"],
         tuple(_changes(original.environment, environment)),
     )
 
@@ -266,6 +270,6 @@ def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> l
         old, new = before.get(key), now[key]
         if isinstance(new, dict):
             lines += _changes(old if isinstance(old, dict) else {}, new, f"{prefix}{key} ")
-        elif old != new and key not in ("host", "platform"):
+        elif old != new and key not in ("host", "platform", "code_version"):
             lines.append(f"{prefix}{key}: {old} then, {new} now")
     return lines

@@ -67,10 +67,10 @@ class RunSession:
             _print_start(spec, state)
             trajectory = resume.trajectory_of(spec.config, state)
             records, run_id = resume.restore_latest(spec, previous, state, trajectory)
-            outputs.describe_surroundings(spec.folder, state)
+            outputs.write_environment(spec.folder, state)
             name = f"{spec.name} #{spec.config_hash[:6]}"
             store = open_store(spec.config.tracking)
-            logger = store.open_run(spec.folder, name, outputs.run_tags(spec), start_ms, run_id)
+            logger = store.open_run(spec.folder, name, spec.tags(), start_ms, run_id)
         except (LenetSweepError, OSError, RuntimeError) as error:
             with contextlib.suppress(OSError):  # the error itself may be a full disk
                 reason = failure_reason(error)
@@ -218,7 +218,7 @@ class RunSession:
             progress.say(f"output folder {self.spec.folder}")
             store = open_store(self.spec.config.tracking)
             command = store.open_command((result.run_id or "")[:8], self.spec.overrides)
-            for line in [*self._logger.where(), *([command] if command and result.run_id else [])]:
+            for line in [*self._logger.locations(), *([command] if command and result.run_id else [])]:
                 progress.say(line)
 
 

@@ -1,4 +1,4 @@
-"""What a run is before it starts: its config, its folder, and what the user typed to get it."""
+"""A run before it starts: its config and folder, what the user typed, its name, label and tags."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,6 +7,7 @@ from pathlib import Path
 from lenet_sweep.config.parsing import is_about_tracking
 from lenet_sweep.config.schema import Config
 from lenet_sweep.storage import fingerprint
+from lenet_sweep.storage.environment import git_state
 from lenet_sweep.storage.manifest import Job
 
 
@@ -44,3 +45,23 @@ class RunSpec:
     def label(self) -> str:
         """'[2/3] lr=0.5' for a job of a sweep, '' for a single run."""
         return self.job.long_label if self.job else ""
+
+    def tags(self) -> dict[str, str]:
+        """The tags of the run in its tracking store."""
+        git = git_state()
+        tags = {
+            "config_hash": self.config_hash,
+            "git_commit": git.commit or "none: not run from a checkout",
+            "git_dirty": str(git.dirty).lower(),
+            "mlflow.source.name": "lenet_sweep",
+            "mlflow.source.type": "LOCAL",
+        }
+        if git.commit:
+            tags["mlflow.source.git.commit"] = git.commit
+        if self.job:
+            tags["sweep_id"] = self.job.sweep_id
+        if self.job and self.job.colour:
+            tags["mlflow.runColor"] = self.job.colour
+        if self.origin:
+            tags["origin"] = self.origin
+        return tags

@@ -25,7 +25,7 @@ class RunLogger(Protocol):
     def end(self, result: Result) -> str | None:
         """Send what is missing and close the run; return what went wrong, None if nothing did."""
 
-    def where(self) -> list[str]:
+    def locations(self) -> list[str]:
         """Lines of text that tell where the run can be seen."""
 
 

@@ -22,7 +22,7 @@ class FolderLogger:
     def end(self, result: Result) -> None:
         pass
 
-    def where(self) -> list[str]:
+    def locations(self) -> list[str]:
         return []
 
 

@@ -74,7 +74,7 @@ def check_filled(config: MlflowConfig) -> None:
         raise ConfigError(f"there are no runs yet in {config.uri}; another store is tracking.uri=...")
 
 
-def serves(address: str, config: MlflowConfig) -> bool:
+def serves_store(address: str, config: MlflowConfig) -> bool:
     """Whether the server at `address` is MLflow's and serves the store of `config`."""
     from mlflow import MlflowClient
 
@@ -96,7 +96,7 @@ def serves(address: str, config: MlflowConfig) -> bool:
     )
 
 
-def answers(address: str) -> bool:
+def responds(address: str) -> bool:
     """Whether a server responds at `address`."""
     try:
         urllib.request.urlopen(f"{address}/health", timeout=1).close()

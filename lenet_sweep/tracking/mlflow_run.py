@@ -130,7 +130,7 @@ class MlflowRun:
             return mlflow_client.first_line(error)
         return None
 
-    def where(self) -> list[str]:
+    def locations(self) -> list[str]:
         """Lines of text that tell where the run is."""
         if self.run_id is None:
             return []

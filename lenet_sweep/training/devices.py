@@ -1,4 +1,7 @@
-"""The device of a run, and the process-wide torch settings that affect its arithmetic."""
+"""The device of a run, and the process-wide torch settings that affect its arithmetic.
+
+`runs.hardware` counts GPUs without torch.
+"""
 
 import contextlib
 import ctypes
