@@ -220,7 +220,8 @@ def _write(options: argparse.Namespace, result: "Comparison", selected: "Selecti
 def _compare_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = _parser(
         compare,
-        "tracking.uri=... selects the tracking store. With tracking=none, SWEEP is a folder\nor its name in outputs/sweeps.",
+        "tracking.uri=... selects the tracking store. With tracking=none, SWEEP is a folder\n"
+        "or its name in outputs/sweeps.",
     )
     parser.add_argument(
         "words",
