@@ -126,12 +126,9 @@ def ladder(record: StepRecord) -> None:
     """Compare the tutorial's loop with one run."""
     samples = work_folder("ladder") / "samples.json"
     arguments = ["--device", DEVICE, "--data", DATASET, "--json", str(samples)]
-    if SMALL:
-        contenders = [f"{name} sigmoid/avg" for name in ("loop, 0 DataLoader workers", "backend=torch")]
-        arguments += ["--rounds", "1", "--loader-workers", "0", "--only", *contenders]
-    else:
-        loops = [f"loop, {workers} DataLoader workers sigmoid/avg" for workers in (0, 4)]
-        arguments += ["--rounds", "1", "--loader-workers", "0", "4", "--only", *loops, "backend=torch"]
+    names = ["loop, 0 DataLoader workers", *([] if SMALL else ["loop, 4 DataLoader workers"]), "backend=torch"]
+    arguments += ["--rounds", "1", "--loader-workers", "0", *([] if SMALL else ["4"])]
+    arguments += ["--only", *(f"{name} sigmoid/avg" for name in names)]
     done = run([sys.executable, "-m", "benchmarks.ladder", *arguments])
     record.claim("the command ended with code 0", done.returncode == 0, last(done))
     rungs = json.loads(samples.read_text(encoding="utf-8"))["rungs"]

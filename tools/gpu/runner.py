@@ -62,18 +62,18 @@ class Step:
 
 MEASURE, PROGRAM = "tools.gpu.measure", "tools.gpu.program"
 STEPS = (
-    Step("facts", MEASURE, 25, "the card, torch's switches, errors of float32 products, unmet requirements"),
+    Step("facts", MEASURE, 20, "the card, torch's switches, errors of float32 products, unmet requirements"),
     Step("peaks", MEASURE, 15, "the card's peak FLOP/s and bytes/s, and what they allow for LeNet"),
-    Step("tests", PROGRAM, 40, "the project's tests with the marker gpu"),
-    Step("equality", MEASURE, 30, "repeated, resumed, captured and fused runs compared, and GPU with CPU"),
-    Step("readme", PROGRAM, 40, "the README's sweep, compared with the tutorial's losses"),
+    Step("tests", PROGRAM, 28, "the project's tests with the marker gpu"),
+    Step("equality", MEASURE, 25, "repeated, resumed, captured and fused runs compared, and GPU with CPU"),
+    Step("readme", PROGRAM, 35, "the README's sweep, compared with the tutorial's losses"),
     Step("reproduce", PROGRAM, 80, "one run, trained again by `reproduce`"),
-    Step("arrays", MEASURE, 50, "speed and memory of arrays of 1 to 256 runs, with and without CUDA graphs"),
-    Step("profile", MEASURE, 30, "kernels of a step, gaps between them, the heaviest"),
+    Step("arrays", MEASURE, 40, "speed and memory of arrays of 1 to 256 runs, with and without CUDA graphs"),
+    Step("profile", MEASURE, 28, "kernels of a step, gaps between them, the heaviest"),
     Step("ladder", PROGRAM, 80, "the tutorial's loop and one run, by benchmarks.ladder"),
-    Step("sweep_fused", PROGRAM, 75, "64 runs as one command, trained as arrays"),
+    Step("sweep_fused", PROGRAM, 55, "64 runs as one command, trained as arrays"),
     Step("precision", MEASURE, 30, "speed and loss with TF32 and bfloat16"),
-    Step("sweep_unfused", PROGRAM, 40, "eight of these runs, one after the other"),
+    Step("sweep_unfused", PROGRAM, 39, "eight of these runs, one after the other"),
 )
 
 
