@@ -126,8 +126,9 @@ def ladder(record: StepRecord) -> None:
     """Compare the tutorial's loop with one run."""
     samples = work_folder("ladder") / "samples.json"
     arguments = ["--device", DEVICE, "--data", DATASET, "--json", str(samples)]
-    names = ["loop, 0 DataLoader workers", *([] if SMALL else ["loop, 4 DataLoader workers"]), "backend=torch"]
-    arguments += ["--rounds", "1", "--loader-workers", "0", *([] if SMALL else ["4"])]
+    workers = ["0"] if SMALL else ["0", "4"]
+    names = [*(f"loop, {number} DataLoader workers" for number in workers), "backend=torch"]
+    arguments += ["--rounds", "1", "--loader-workers", *workers]
     arguments += ["--only", *(f"{name} sigmoid/avg" for name in names)]
     done = run([sys.executable, "-m", "benchmarks.ladder", *arguments])
     record.claim("the command ended with code 0", done.returncode == 0, last(done))
