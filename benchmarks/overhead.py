@@ -27,6 +27,7 @@ from benchmarks import measurement
 from benchmarks.measurement import spread
 from lenet_sweep.cli import main as command_line
 from lenet_sweep.runs import outputs, progress, session
+from lenet_sweep.runs.spec import RunSpec
 from lenet_sweep.storage import checkpoint, run_index
 from lenet_sweep.sweeps import train_group
 from lenet_sweep.tracking.mlflow_run import MlflowRun
@@ -36,7 +37,7 @@ from lenet_sweep.tracking.mlflow_store import MlflowStore
 PARTS: dict[str, tuple[tuple[ModuleType | type, str], ...]] = {
     "look for finished runs": ((MlflowStore, "finished"), (run_index, "look_up")),
     "data, network, backend": ((session, "prepare"),),
-    "describe machine and commit": ((outputs, "describe_surroundings"), (outputs, "run_tags")),
+    "describe machine and commit": ((outputs, "write_environment"), (RunSpec, "tags")),
     "tracking: begin": ((MlflowStore, "open_run"),),
     "tracking: epochs": ((MlflowRun, "log"),),
     "tracking: end": ((MlflowRun, "end"),),

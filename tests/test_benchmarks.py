@@ -67,6 +67,11 @@ def test_the_tutorials_loop_learns(monkeypatch, data_root):
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_every_function_that_the_overhead_is_measured_of_exists():
+    calls = [call for calls in overhead.PARTS.values() for call in calls]
+    assert [name for owner, name in calls if not callable(getattr(owner, name, None))] == []
+
+
 def test_parts_of_a_job_add_up_to_its_time_with_nested_ones_counted_once():
     module = types.ModuleType("module")
     module.inner = lambda: time.sleep(0.02)
@@ -116,6 +121,7 @@ def test_members_of_an_array_are_counted_together(monkeypatch, data_root):
     assert sample.train_rate > sample.rate  # both of all members: the test pass comes on top
 
 
+@pytest.mark.slow
 def test_lightning_takes_the_tutorials_steps_in_a_process_that_ends_with_it(monkeypatch, data_root):
     monkeypatch.setenv("LENET_SWEEP_DATA", str(data_root))
     loop = Loop(Lightning(SMALL, "ReLU/max", 0))

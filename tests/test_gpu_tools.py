@@ -155,7 +155,11 @@ def test_failed_steps_do_not_stop_the_others_and_say_why(run_steps):
     assert outcomes["partly"].values == {"a": 1}
 
 
-def test_step_beyond_its_limit_is_stopped_with_its_children_and_keeps_its_values(run_steps, tmp_path):
+def test_step_beyond_its_limit_is_stopped_with_its_children_and_keeps_its_values(
+    run_steps, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(runner, "LEAST_S", 0.0)
+    monkeypatch.setattr(runner, "GRACE_S", 0.5)
     pid_file = tmp_path / "pid"
     child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(99)"
     code = (
@@ -163,8 +167,8 @@ def test_step_beyond_its_limit_is_stopped_with_its_children_and_keeps_its_values
         f"process = subprocess.Popen([sys.executable, '-c', {child!r}]); "
         f"open({str(pid_file)!r}, 'w').write(str(process.pid)); time.sleep(99)"
     )
-    outcome = run_steps(script("slow", code, limit_s=6), seconds=9)["slow"]
-    assert (outcome.status, outcome.reason) == ("timed out", "stopped after 6 s")
+    outcome = run_steps(script("slow", code, limit_s=3), seconds=3.5)["slow"]
+    assert (outcome.status, outcome.reason) == ("timed out", "stopped after 3 s")
     assert outcome.exit_code is None
     assert outcome.values == {"rate": 7}
     pid = int(pid_file.read_text())
