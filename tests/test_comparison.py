@@ -38,6 +38,8 @@ def group(comparison, *key):
 
 def test_metrics_are_those_of_the_journal():
     assert list(MORE_IS_BETTER) == list(metrics_file.NAMES.values())
+    less_is_better = [name for name, more in MORE_IS_BETTER.items() if not more]
+    assert less_is_better == ["train/loss", "test/loss", "val/loss", "speed/epoch_s"]
 
 
 @given(values)

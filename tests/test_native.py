@@ -398,3 +398,24 @@ def test_sanitizers_find_no_access_out_of_bounds_and_nothing_undefined(make_conf
         timeout=300,
     )
     assert done.stdout == "clean\n", done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("stderr", "told"),
+    [
+        ("a.cpp:1: note: here\na.cpp:2:3: error: bad thing\na.cpp:4: error: worse", "bad thing"),
+        ("ld: cannot find -lm\n", "ld: cannot find -lm\n"),
+        ("x" * 300, "x" * 200),
+    ],
+)
+def test_first_error_of_a_failed_compilation_is_told(monkeypatch, stderr, told):
+    failed = subprocess.CompletedProcess([], 1, "", stderr)
+    monkeypatch.setattr(compiler.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(Unavailable) as caught:
+        compiler._compile(["g++"])
+    assert str(caught.value) == f"the compiler failed: {told}"
+
+
+def test_compiler_that_cannot_run_is_told(tmp_path):
+    with pytest.raises(Unavailable, match=r"the compiler could not run: .*Permission denied"):
+        compiler._compile([str(tmp_path)])

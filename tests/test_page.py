@@ -102,6 +102,12 @@ def test_page_of_a_thousand_runs_stays_readable_and_of_bounded_size(tmp_path):
     assert (tmp_path / "r.html").stat().st_size < 8_000_000
 
 
+def test_figure_of_runs_without_metrics_is_empty(tmp_path):
+    found = compare([replace(run, history={}, status="FAILED") for run in runs(seeds=1)], "test/acc")
+    assert charts.curve_metrics(found) == []
+    assert [path.name for path in figures.write(found, tmp_path)][:2] == ["curves.png", "curves.svg"]
+
+
 def test_figures_are_the_same_bytes_for_the_same_numbers(tmp_path):
     found = compare(runs(**{"model.name": "$x$"}), "test/acc")
     first = [path.read_bytes() for path in figures.write(found, tmp_path / "a")]
@@ -179,7 +185,7 @@ def test_page_lists_two_hundred_failures_and_counts_the_others(tmp_path, failed,
     assert ("and 3 more" in text) == (more is not None)
 
 
-@pytest.mark.parametrize(("epochs", "mode"), [(29, "lines+markers"), (30, "lines")])
+@pytest.mark.parametrize(("epochs", "mode"), [(29, "lines+markers"), (30, "lines"), (31, "lines")])
 def test_long_curves_have_no_markers(tmp_path, epochs, mode):
     _, data = written(runs(n_lr=1, seeds=1, epochs=epochs), tmp_path / "r.html")
     (section,) = [s for s in data["sections"] if s["title"] == "Learning curves"]

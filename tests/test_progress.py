@@ -133,6 +133,7 @@ def test_sweep_on_a_terminal_has_a_line_of_totals(terminal):
         screen.progress("a", 0, 4, "")
         screen.progress("a", 1, 4, "loss 2.000")
         assert screen._live.tasks[0].completed == 1
+        screen.stopped("never started")
         screen.stopped("a")
         screen.job_done("a", False)
         (totals,) = screen._live.tasks  # the totals stay when no run trains

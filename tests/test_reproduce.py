@@ -97,6 +97,28 @@ def test_another_thread_count_or_library_is_named_beside_the_verdict(cli, traine
     assert "packages torch: 1.0 then, " in done.stdout
 
 
+def test_only_changes_that_matter_are_given_as_the_cause_of_differences(trained):
+    _, folder = trained
+    original = reproduction._from_folder(folder, "a run")
+    now = json.loads((folder / "environment.json").read_text())
+    now |= {"host": "elsewhere", "platform": "another", "git_commit": "1234"}
+    sentence = "with another device, library or number of threads"
+
+    def lines(environment, weights):
+        return reproduction._compare(original, original.metrics, weights, environment).lines()
+
+    same, other = original.weights_sha256, "other weights"
+    assert [line.partition(":")[0] for line in lines(now, same)[1:]] == [
+        "differences between the environments",
+        "  git_commit",
+    ]
+    assert sentence not in "".join(lines(now, other))
+    assert sentence not in "".join(lines(now | {"python": "2.7"}, same))
+    assert sentence in "".join(lines(now | {"python": "2.7"}, other))
+    assert "the code version differs" not in "".join(lines(now, other))
+    assert "the code version differs" in "".join(lines(now | {"code_version": "0"}, same))
+
+
 def test_run_that_was_cut_short_is_compared_as_far_as_it_went(cli, trained):
     _, folder = trained
     journal = folder / "metrics.jsonl"

@@ -140,6 +140,12 @@ def test_last_words_are_the_tutorials_two_lines_and_where_the_run_is(make_config
     assert said[loss + 4] == f"python -m lenet_sweep ui {result.run_id[:8]}"
 
 
+def test_name_of_a_run_has_at_most_250_characters(make_config, tmp_path):
+    long = tuple(f"data.root={'x' * 20}/{i}" for i in range(99)), tuple(f"lr=0.{i}" for i in range(99))
+    assert RunSpec(make_config(), tmp_path, long[0]).name == "lenet"
+    assert RunSpec(make_config(), tmp_path, long[1]).name == " ".join(long[1])[:250]
+
+
 def test_layer_table_is_the_tutorials(make_config, tmp_path, capsys):
     run(RunSpec(make_config(*MINI, "epochs=1", "tracking=none"), tmp_path / "run"))
     said = capsys.readouterr().out
@@ -355,11 +361,13 @@ def test_target_loss_ends_training_early(make_config, tmp_path):
 def test_profile_names_the_operators_of_the_step(make_config, tmp_path):
     run(
         RunSpec(
-            make_config(*MINI, "tracking=none", "epochs=1", "profile=true", "backend=torch"), tmp_path / "run"
+            make_config(*MINI, "tracking=none", "epochs=1", "profile=true", "backend=torch", "threads=2"),
+            tmp_path / "run",
         )
     )
     trace = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())
-    assert any(event.get("name") == "aten::convolution_backward" for event in trace["traceEvents"])
+    threads = [e["tid"] for e in trace["traceEvents"] if e.get("name") == "aten::convolution_backward"]
+    assert len(set(threads)) == 2  # of the ThreadTeam: each works on its part of a batch
     assert "aten::" in (tmp_path / "run" / "profile" / "operators.txt").read_text()
 
 

@@ -659,6 +659,19 @@ def test_without_a_terminal_each_fetch_is_one_plain_line(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("piped", [False, True])
+def test_lines_pass_above_the_bars_only_if_both_go_to_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, piped: bool
+) -> None:
+    monkeypatch.setattr(download.Console, "is_terminal", True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: not piped, raising=False)
+    bars = download._bars()
+    assert not bars.disable
+    assert bars.live._redirect_stdout is not piped
+    monkeypatch.setattr(download.Console, "is_terminal", False)
+    assert download._bars().disable
+
+
 def test_torch_is_not_imported_unless_mirrors_are_tried(tmp_path: Path) -> None:
     child = start_python(
         f"ensure({MINI!r}, Path({str(tmp_path)!r}))\nprint('torch' in sys.modules, 'numpy' in sys.modules)"

@@ -49,6 +49,10 @@ def test_sweep_trains_every_job_and_ends_with_a_table_of_all(command, put_databa
     connection.close()
     assert tags == [(sweep.name,)] * 4
     assert "[3/4] lr=0.2 model=lenet: training on cpu" in done.stdout
+    typed = " ".join([*MINI, "lr=0.1,0.2", "model=lenet,lenet_relu_max", "-m"])
+    assert sorted(json.loads((sweep / "sweep.json").read_text())["command"].split()) == sorted(
+        f"python -m lenet_sweep {typed}".split()
+    )
 
 
 def test_failing_job_stops_no_other_and_is_told_with_its_reason(command, put_database, tmp_path):

@@ -1,5 +1,7 @@
 """MLflow through the front door: what was logged is what its own client reads back."""
 
+import contextlib
+import json
 import multiprocessing
 import signal
 import sqlite3
@@ -14,7 +16,7 @@ from lenet_sweep.errors import ConfigError, OutputError, TrackingError
 from lenet_sweep.storage import run_index
 from lenet_sweep.storage.metrics_file import EpochRecord
 from lenet_sweep.storage.result import Result, write_result
-from lenet_sweep.tracking import mlflow_client, mlflow_page, mlflow_query, mlflow_run, processes
+from lenet_sweep.tracking import mlflow_client, mlflow_page, mlflow_query, mlflow_run, processes, recovery
 from lenet_sweep.tracking.stores import open_store
 from lenet_sweep.training.metrics import EpochMetrics
 
@@ -181,6 +183,42 @@ def test_file_that_is_no_database_is_refused(tmp_path):
     (tmp_path / "mlruns" / "mlflow.db").write_text("not a database, but long enough to look at\n")
     with pytest.raises(TrackingError, match="is not an SQLite database"):
         mlflow_client.check(config)
+
+
+def test_database_that_another_process_made_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    database = tmp_path / "mlflow.db"
+
+    @contextlib.contextmanager
+    def late_lock(path, timeout):
+        database.write_text("made by another process")
+        yield
+
+    monkeypatch.setattr(mlflow_client, "FileLock", late_lock)
+    mlflow_client._create_database(database)
+    assert database.read_text() == "made by another process"
+
+
+def test_sync_names_a_server_that_is_not_there(tmp_path):
+    registration = {
+        "uri": "http://127.0.0.1:9",
+        "experiment": "x",
+        "name": "a run",
+        "tags": {},
+        "start_ms": 1,
+    }
+    (tmp_path / "tracking.json").write_text(json.dumps(registration | {"run_id": "abc"}))
+    problem = recovery.sync_run(tmp_path, Result("FINISHED", None, False, "abc", "cafe", 1.0, {}))
+    assert "http://127.0.0.1:9" in problem
+    (tmp_path / "tracking.json").write_text("{}")
+    assert recovery.sync_run(tmp_path, Result("FINISHED", None, False, "abc", "cafe", 1.0, {})).startswith(
+        f"{tmp_path}: "
+    )
+
+
+def test_database_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "mlruns" / "mlflow.db").mkdir(parents=True)
+    with pytest.raises(TrackingError, match=r"mlflow\.db: cannot be read: Is a directory"):
+        mlflow_client.check(local(tmp_path))
 
 
 def test_folder_that_cannot_be_made_is_refused(tmp_path):

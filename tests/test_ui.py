@@ -332,7 +332,8 @@ def _free():
 
 
 @pytest.mark.parametrize(
-    ("port", "allowed"), [("1", True), ("65535", True), ("0", False), ("65536", False), ("x", False)]
+    ("port", "allowed"),
+    [("1", True), ("65535", True), ("0", False), ("65536", False), ("70000", False), ("x", False)],
 )
 def test_ports_are_numbers_from_one_to_65535(command, monkeypatch, port, allowed):
     asked = []
