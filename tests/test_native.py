@@ -419,3 +419,12 @@ def test_first_error_of_a_failed_compilation_is_told(monkeypatch, stderr, told):
 def test_compiler_that_cannot_run_is_told(tmp_path):
     with pytest.raises(Unavailable, match=r"the compiler could not run: .*Permission denied"):
         compiler._compile([str(tmp_path)])
+
+
+def test_native_backend_is_likely_where_a_compiler_is_and_amp_is_not(monkeypatch):
+    answers = [compiler.native_is_likely(*of) for of in (("auto", False), ("native", False))]
+    assert answers == [True, True]
+    assert not compiler.native_is_likely("torch", False)
+    assert not compiler.native_is_likely("auto", True)
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
+    assert not compiler.native_is_likely("auto", False)

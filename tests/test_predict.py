@@ -253,3 +253,15 @@ def test_images_of_the_other_dataset_are_looked_at_if_they_are_there(trained, ex
     assert asked == ["fashion_mnist_mini", "mnist"]
     monkeypatch.setattr(predict.download, "is_downloaded", lambda name, root: False)
     assert [stats.kind for stats in predict.activation_stats(network, trained)] == kinds[:-1]
+
+
+@pytest.mark.parametrize(("channels", "shown"), [([4], ["act1"]), ([4, 5, 6], ["act1", "act2"])])
+def test_feature_maps_are_those_of_the_first_two_convolutions(make_config, examples, channels, shown):
+    config = make_config(f"model.channels={channels}", "model.kernel_size=3", "model.hidden=[]")
+    network = model.build(config.model, generator(0, "init"))
+    trained = predict.TrainedModel("a run", config, network)
+    predictions = [predict.Prediction(None, examples.images_NCHW[i], ()) for i in range(3)]
+    pictures, layers = predict.feature_maps(trained, predictions)
+    assert torch.equal(pictures, examples.images_NCHW[:3, 0])
+    assert [name for name, _ in layers] == shown
+    assert [tuple(maps.shape[:2]) for _, maps in layers] == [(3, n) for n in channels[:2]]
