@@ -111,6 +111,22 @@ def test_failed_run_keeps_its_last_good_checkpoint_and_starts_afresh_when_tried_
     assert len(steps) == 4 * 3
 
 
+def test_run_that_was_interrupted_in_its_first_epoch_starts_anew_elsewhere(
+    make_config, tmp_path, monkeypatch, cut_short
+):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+        yield
+
+    config = make_config(*MINI)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(RunSpec(config, tmp_path / "first"))
+    assert not (tmp_path / "first" / "checkpoint.safetensors").exists()
+    assert run(RunSpec(config, tmp_path / "second")).status == "FINISHED"
+
+
 def test_rerun_starts_an_interrupted_run_afresh(make_config, tmp_path, monkeypatch, cut_short):
     with pytest.raises(KeyboardInterrupt):
         cut_short(make_config(*MINI), tmp_path / "first", 2)

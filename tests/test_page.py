@@ -102,6 +102,14 @@ def test_page_of_a_thousand_runs_stays_readable_and_of_bounded_size(tmp_path):
     assert (tmp_path / "r.html").stat().st_size < 8_000_000
 
 
+def test_setting_without_a_time_has_no_point_among_the_costs(tmp_path):
+    timed, untimed = runs(seeds=1)
+    _, data = written([timed, replace(untimed, seconds=None)], tmp_path / "r.html")
+    charts_by_title = {c["title"]: c for s in data["sections"] for c in s["charts"]}
+    (trace,) = charts_by_title["test/acc and seconds"]["traces"]
+    assert trace["x"] == [timed.seconds]
+
+
 def test_figure_of_runs_without_metrics_is_empty(tmp_path):
     found = compare([replace(run, history={}, status="FAILED") for run in runs(seeds=1)], "test/acc")
     assert charts.curve_metrics(found) == []

@@ -17,6 +17,7 @@ from lenet_sweep.runs import progress, session
 from lenet_sweep.runs.run import run
 from lenet_sweep.runs.spec import RunSpec
 from lenet_sweep.storage import fingerprint
+from lenet_sweep.storage.manifest import Job
 from lenet_sweep.storage.result import read_result
 from lenet_sweep.tracking.mlflow_store import MlflowStore
 from lenet_sweep.training import engine, model
@@ -133,11 +134,25 @@ def test_last_words_are_the_tutorials_two_lines_and_where_the_run_is(make_config
     result = run(RunSpec(config, tmp_path / "run"))
     said = capsys.readouterr().out.splitlines()
     loss = next(i for i, line in enumerate(said) if line.startswith("loss "))
-    assert re.fullmatch(r"loss \d\.\d{3}, train acc \d\.\d{3}, test acc \d\.\d{3}", said[loss])
+    _, last = lines(tmp_path / "run")
+    numbers = [f"{last[name]:.3f}" for name in ("train/loss", "train/acc", "test/acc")]
+    assert said[loss] == "loss {}, train acc {}, test acc {}".format(*numbers)
     assert re.fullmatch(r"\d+\.\d examples/sec on cpu", said[loss + 1])
     assert said[loss + 2] == f"output folder {tmp_path / 'run'}"
     assert said[loss + 3] == f"MLflow run {result.run_id}"
     assert said[loss + 4] == f"python -m lenet_sweep ui {result.run_id[:8]}"
+
+
+def test_run_that_continues_a_shorter_one_has_all_its_epochs_in_mlflow(make_config, uri, tmp_path):
+    for epochs in (1, 3):
+        config = make_config(*MINI, uri, "seed=82", f"epochs={epochs}")
+        job = Job("sweep", epochs, None, "")
+        result = run(RunSpec(config, tmp_path / str(epochs), job=job))
+    history = client(config).get_metric_history(result.run_id, "train/loss")
+    kept = lines(tmp_path / "3")
+    assert [(m.step, m.value) for m in history] == [(line["epoch"], line["train/loss"]) for line in kept]
+    assert lines(tmp_path / "1")[0]["train/loss"] == kept[0]["train/loss"]
+    assert lines(tmp_path / "1")[0]["time_ms"] == kept[0]["time_ms"]  # it was not trained again
 
 
 def test_name_of_a_run_has_at_most_250_characters(make_config, tmp_path):

@@ -272,6 +272,23 @@ def test_each_gpu_gets_a_worker(make_config):
     assert resources.choose_worker_count(jobs[:2], plan.group_jobs(jobs[:2]), four_gpus) == 2
 
 
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "width"),
+    [
+        (1, [], 5),  # all in one array
+        (2, [], 3),  # half for each GPU, rounded up
+        (0, [], 1),
+        (2, ["device=cpu"], 1),
+        (2, ["backend=torch"], 1),
+        (2, ["sweep.fuse=off"], 1),
+        (0, ["sweep.fuse=4"], 4),
+    ],
+)
+def test_arrays_are_as_wide_as_the_gpus_need(make_config, gpus, overrides, width):
+    jobs = [replace(make_config(*overrides), seed=seed) for seed in range(5)]
+    assert resources.array_width(jobs, Hardware(cores=8, gpus=gpus, free_bytes=1 << 34)) == width
+
+
 def test_in_one_process_every_group_gets_its_own_answer():
     assert dict(run_serial(abs, [-3, 4])) == {0: 3, 1: 4}
 

@@ -19,6 +19,7 @@ from lenet_sweep.sweeps.plan import Planned
 from lenet_sweep.tracking.stores import open_store
 
 _SHOWN = 20  # settings in the table at the end; `compare` and the report list all
+_METRIC = "test/acc"  # by which a sweep's settings are ranked; more is better
 
 
 def to_manifest(command: str, planned: Sequence[Planned], missing: Sequence[Planned]) -> Manifest:
@@ -109,7 +110,7 @@ def _print_answer(planned: Sequence[Planned], folder: Path, trained: bool) -> No
     """Print which setting is best, and write the report if `trained` says that `folder` has new runs."""
     screen = progress.console()
     selection = _select(planned, records.of_sweep(folder) if trained else [], folder)
-    comparison = compare(selection.runs, "test/acc")
+    comparison = compare(selection.runs, _METRIC)
     if len(comparison.settings) > 1:
         screen.print(tables.comparison_table(comparison, screen.width, at_most=_SHOWN))
     if trained:
@@ -146,9 +147,8 @@ def _write_report(
 
 def _best_run_id(comparison: Comparison) -> str | None:
     """The tracked id of the best run of the best setting, or of the first run if none ended well."""
-    metric, sign = comparison.metric, 1 if records.MORE_IS_BETTER[comparison.metric] else -1
     counted = next((setting.counted for setting in comparison.settings if setting.counted), ())
-    best = max(counted, key=lambda run: sign * (run.last(metric) or 0.0), default=comparison.runs[0])
+    best = max(counted, key=lambda run: run.last(_METRIC) or 0.0, default=comparison.runs[0])
     result = read_result(Path(best.name))
     return result.run_id if result else (best.name if re.fullmatch("[0-9a-f]{32}", best.name) else None)
 
