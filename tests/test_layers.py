@@ -62,7 +62,7 @@ def test_every_pool_of_the_config_is_compared_with_the_librarys():
 @pytest.mark.parametrize("pool", model.POOLS.values())
 def test_pool_of_windows_is_the_pool_of_the_whole(draw, pool):
     conv, x = layers.Conv2d(1, 3, 5, padding=2).double(), draw(2, 1, 12, 12)
-    assert conv.prefers_windows(x)
+    assert conv.prefers_windows
     torch.testing.assert_close(pool(2).of_windows(conv.windows(x)), pool(2)(conv(x)))
 
 

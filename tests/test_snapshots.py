@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
 
@@ -192,6 +193,8 @@ def test_plots_of_a_run_are_the_recorded_ones(tmp_path):
         for epoch in range(1, 4)
     ]
     plots.curves(history, "lenet, sgd, lr 0.9", tmp_path / "curves.png")
+    unvalidated = [replace(metrics, val_loss=None, val_acc=None) for metrics in history]
+    plots.curves(unvalidated, "lenet", tmp_path / "curves_without_validation.png")
     counts = [[(i * 7 + j * 3) % 11 + (80 if i == j else 0) for j in range(10)] for i in range(10)]
     plots.confusion_matrix(counts, NAMES, tmp_path / "confusion_matrix.png")
     kernels = [("conv1", pattern(6, 1, 5, 5) - 0.5), ("conv2", 3 * pattern(16, 6, 5, 5, seed=1) - 1)]

@@ -22,7 +22,10 @@ from lenet_sweep.training.metrics import EpochMetrics
 
 
 def curves(history: Sequence[EpochMetrics], title: str, path: Path) -> None:
-    """Learning curves: train loss and accuracy five times per epoch, test and validation accuracy once."""
+    """Learning curves: train loss and accuracy five times per epoch, test and validation accuracy once.
+
+    `history` has at least one epoch.
+    """
     points = [point for metrics in history for point in metrics.curve]
     x = [point.epoch for point in points]
     epochs = [metrics.epoch for metrics in history]
@@ -33,10 +36,10 @@ def curves(history: Sequence[EpochMetrics], title: str, path: Path) -> None:
     axes.plot(x, [point.train_loss for point in points], color=BLUE, label="train loss")
     axes.plot(x, [point.train_acc for point in points], "--", color=VERMILION, label="train acc")
     axes.plot(epochs, [m.test_acc for m in history], "-.o", ms=3, color=GREEN, label="test acc")
-    if history and history[0].val_acc is not None:
+    if history[0].val_acc is not None:
         val_acc = [m.val_acc if m.val_acc is not None else float("nan") for m in history]
         axes.plot(epochs, val_acc, ":s", ms=3, color=PURPLE, label="val acc")
-    axes.set(xlabel="epoch", xlim=(0, max(epochs, default=1) * 1.02), title=title)
+    axes.set(xlabel="epoch", xlim=(0, epochs[-1] * 1.02), title=title)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

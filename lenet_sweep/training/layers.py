@@ -70,11 +70,10 @@ class Conv2d(nn.Conv2d):
         y_NOHW: Tensor = _Convolution.apply(_channels_last(x_NCHW), self.weight, self.bias, self.padding)
         return y_NOHW
 
-    def prefers_windows(self, x_NCHW: Tensor) -> bool:
-        """Whether `windows` is possible and faster; with more input channels `forward` is faster."""
-        # Padding adds the same number on both sides, so it does not change whether a side is even.
-        are_even = all((side - self.kernel_size[0] + 1) % 2 == 0 for side in x_NCHW.shape[-2:])
-        return self.in_channels == 1 and are_even
+    @property
+    def prefers_windows(self) -> bool:
+        """Whether `windows` is faster than `forward`, which it is for one input channel."""
+        return self.in_channels == 1
 
     def windows(self, x_NCHW: Tensor) -> Tensor:
         """The output of `forward`, split into 2x2 windows: NOPQR.
@@ -131,7 +130,7 @@ def _can_merge(layers: list[nn.Module], x_NCHW: Tensor) -> bool:
 
 def _merged_forward(conv: Conv2d, activation: nn.Module, pool: Pool, x_NCHW: Tensor) -> Tensor:
     """Compute pool(activation(conv(x)))."""
-    in_windows = conv.prefers_windows(x_NCHW)
+    in_windows = conv.prefers_windows
     z, reduce = (conv.windows(x_NCHW), pool.of_windows) if in_windows else (conv(x_NCHW), pool.forward)
     if isinstance(pool, MaxPool2d) and isinstance(activation, _MONOTONE):
         pooled: Tensor = activation(reduce(z))  # the activation of a quarter of the values
