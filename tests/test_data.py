@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lenet_sweep.errors import DataError
+from lenet_sweep.training import data
 from lenet_sweep.training.data import load_data, read_idx, scaled
 
 CPU = torch.device("cpu")
@@ -95,3 +96,18 @@ def test_no_content_of_an_idx_file_gives_anything_but_a_tensor_or_a_data_error(t
         return
     assert tensor.dtype == torch.uint8
     assert tensor.numel() == len(content) - 4 - 4 * content[3]
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "complaint"),
+    [
+        ((2, 20, 28), [0, 1], r"has shape \(2, 20, 28\), not 28x28 images for 2 labels"),
+        ((2, 28, 28), [0], r"has shape \(2, 28, 28\), not 28x28 images for 1 labels"),
+        ((2, 28, 28), [0, 10], "has label 10; the largest label allowed is 9"),
+    ],
+)
+def test_files_that_do_not_fit_each_other_are_refused(tmp_path, shape, labels, complaint):
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx(shape, bytes(shape[0] * shape[1] * shape[2])))
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx((len(labels),), labels))
+    with pytest.raises(DataError, match=complaint):
+        data._read(tmp_path, "t10k")
