@@ -254,6 +254,14 @@ def test_debug_shows_the_traceback_before_the_message(cli, flag, env):
     assert done.stderr.splitlines()[-1].startswith("error: lr='abc'")
 
 
+def test_help_whose_reader_goes_away_ends_in_silence(tmp_path):
+    command = [sys.executable, "-m", "lenet_sweep", "--help"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:
+        process.stdout.close()  # as `head` does, but in any case before the first line
+        assert (process.wait(60), process.stderr.read()) == (0, b"")
+
+
 def test_garbage_collector_has_no_objects_to_search_at_exit(tmp_path):
     code = (
         "import atexit, gc, sys; atexit.register(lambda: print(len(gc.get_objects()) < 1000));"

@@ -60,6 +60,8 @@ def main() -> int:
         return INTERRUPTED
     except (ThroughHydra, LenetSweepError, HydraException, OmegaConfBaseException, OSError) as caught:
         error = caught.error if isinstance(caught, ThroughHydra) else caught
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 0  # as after --help | head
         return _print_error(explain(error, COMMANDS), debug)
     except ValueError as caught:
         if not raised_in_hydra(caught):
@@ -67,6 +69,17 @@ def main() -> int:
         typed = " ".join(sys.argv[1:])
         return _print_error(ConfigError(f"{typed}: {caught}; write a choice as in model=lenet"), debug)
     return 0
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more; what is left of it then goes to the null device."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes again at its end: https://docs.python.org/3/library/signal.html#note-on-sigpipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _print_error(error: LenetSweepError, debug: bool) -> int:
