@@ -11,6 +11,7 @@ import atexit
 import gc
 import os
 import re
+import select
 import signal
 import sys
 import traceback
@@ -73,13 +74,15 @@ def main() -> int:
 
 def _reader_is_gone() -> bool:
     """Whether nobody reads standard output any more; what is left of it then goes to the null device."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes again at its end: https://docs.python.org/3/library/signal.html#note-on-sigpipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    if not hasattr(select, "poll"):  # on Windows
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # errors are reported in any case
+    if not poll.poll(0):
+        return False
+    # Python flushes at its end: https://docs.python.org/3/library/signal.html#note-on-sigpipe.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _print_error(error: LenetSweepError, debug: bool) -> int:
