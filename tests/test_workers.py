@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from lenet_sweep.errors import RunFailed
 from lenet_sweep.runs import hardware
 from lenet_sweep.runs.hardware import Hardware
+from lenet_sweep.shapes import CLASSES, IMAGE_SHAPE, training_flops
 from lenet_sweep.storage import metrics_file
 from lenet_sweep.sweeps import dask_pool, plan, resources
 from lenet_sweep.sweeps.executor import run_serial
@@ -270,6 +271,18 @@ def test_each_gpu_gets_a_worker(make_config):
     jobs = [replace(make_config(), seed=seed) for seed in range(6)]
     assert resources.choose_worker_count(jobs, plan.group_jobs(jobs), four_gpus) == 4
     assert resources.choose_worker_count(jobs[:2], plan.group_jobs(jobs[:2]), four_gpus) == 2
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_time_of_a_group_follows_from_its_floating_point_operations(make_config, threads):
+    # Amdahl's law: the serial share does not shrink with more threads.
+    jobs = [make_config("epochs=3", "data.train_size=1000")]
+    (group,) = plan.group_jobs(jobs)
+    alone_s = 3 * 1000 * training_flops(jobs[0].model, IMAGE_SHAPE, CLASSES) / resources._CORE_FLOPS
+    serial = resources._SERIAL_SHARE
+    expected = resources._JOB_S + alone_s * (serial + (1 - serial) / threads)
+    assert resources._group_s(jobs, group, threads) == pytest.approx(expected, rel=1e-12)
+    assert 0 < serial < 1
 
 
 @pytest.mark.parametrize(
