@@ -14,7 +14,7 @@ from lenet_sweep.analysis import comparison
 from lenet_sweep.analysis.comparison import compare, holm, summarize, varied, welch
 from lenet_sweep.config import parsing
 from lenet_sweep.errors import ConfigError
-from lenet_sweep.storage import metrics_file, run_index
+from lenet_sweep.storage import metrics_file, records, run_index
 from lenet_sweep.storage.metrics_file import EpochRecord
 from lenet_sweep.storage.records import MORE_IS_BETTER, Record, of_sweep, read_history, without_repeats
 from lenet_sweep.storage.result import Result, write_result
@@ -34,6 +34,13 @@ def record(lr, seed, *accuracies, metric=ACC, status="FINISHED", **fields):
 def group(comparison, *key):
     (found,) = [g for g in comparison.settings if g.key == tuple(map(str, key))]
     return found
+
+
+def test_params_are_cut_where_mlflow_refuses_them():
+    from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
+
+    found = records.params({"lr": 0.1, "model": {"hidden": "x" * 9000}})
+    assert found == {"lr": "0.1", "model.hidden": "x" * MAX_PARAM_VAL_LENGTH}
 
 
 def test_metrics_are_those_of_the_journal():
