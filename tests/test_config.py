@@ -276,6 +276,11 @@ def test_loading_a_file_with_any_content_raises_a_config_error(tmp_path_factory,
     assert len(str(caught.value).splitlines()) <= 2
 
 
+def test_dumped_config_has_the_order_of_the_schema(make_config):
+    names = [field.name for field in dataclasses.fields(Config)]
+    assert list(yaml.safe_load(parsing.dump(make_config()))) == names
+
+
 def test_damaged_config_raises_nothing_but_config_errors(make_config, tmp_path):
     whole = parsing.dump(make_config())
     path = tmp_path / "config.yaml"

@@ -1,6 +1,7 @@
 """The training loop against an independently written one, and its promises about devices and randomness."""
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -232,6 +233,15 @@ def test_amp_changes_the_numbers_a_little_and_only_when_asked_for(setup, mini):
     (half,), _ = train(setup, mini, "epochs=1", "lr=0.1", amp=True)
     assert plain.train_loss != half.train_loss
     assert plain.train_loss == pytest.approx(half.train_loss, rel=0.02)
+
+
+def test_times_are_those_of_the_training_and_of_the_whole_epoch(setup, mini):
+    started = time.perf_counter()
+    epochs, _ = train(setup, mini, "epochs=2", "lr=0.1")
+    took = time.perf_counter() - started
+    for metrics in epochs:
+        assert 0 < 700 / metrics.examples_per_s < metrics.epoch_s
+    assert sum(metrics.epoch_s for metrics in epochs) < took
 
 
 @pytest.mark.gpu
