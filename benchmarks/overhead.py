@@ -29,7 +29,7 @@ from lenet_sweep.cli import main as command_line
 from lenet_sweep.runs import outputs, progress, session
 from lenet_sweep.runs.spec import RunSpec
 from lenet_sweep.storage import checkpoint, run_index
-from lenet_sweep.sweeps import train_group
+from lenet_sweep.sweeps import group
 from lenet_sweep.tracking.mlflow_run import MlflowRun
 from lenet_sweep.tracking.mlflow_store import MlflowStore
 
@@ -92,7 +92,7 @@ def measure(jobs: int, folder: Path) -> list[Counter[str]]:
     for part, calls in PARTS.items():
         for owner, name in calls:
             clock.time(owner, name, part)
-    clock.time_jobs(train_group, "_train_alone")
+    clock.time_jobs(group, "_train_alone")
     os.chdir(folder)
     sys.argv[1:] = ["data=fashion_mnist_mini", "epochs=1", f"seed=range({jobs})", "sweep.workers=1", "-m"]
     with contextlib.redirect_stdout(sys.stderr):

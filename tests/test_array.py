@@ -6,13 +6,14 @@ import pytest
 from safetensors.torch import load_file
 
 from lenet_sweep.errors import RunFailed
+from lenet_sweep.runs import outputs, session
 from lenet_sweep.runs.array import run_array
 from lenet_sweep.runs.run import run
 from lenet_sweep.runs.session import RunSession
 from lenet_sweep.runs.spec import RunSpec
 from lenet_sweep.storage import metrics_file, run_index
 from lenet_sweep.storage.manifest import Job
-from lenet_sweep.storage.result import read_result
+from lenet_sweep.storage.result import read_result, write_result
 from lenet_sweep.training import fused
 
 MINI = ("data=fashion_mnist_mini", "data.train_size=600", "tracking=none", "model=lenet", "epochs=3")
@@ -87,21 +88,52 @@ def test_member_whose_metrics_cannot_be_written_fails_alone(orders):
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_error_after_the_end_of_a_member_leaves_its_result(orders, monkeypatch, error):
-    def broken(*_):
-        raise error
+def test_interrupt_after_the_end_of_a_member_leaves_its_result(orders, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunSession, "_print_summary", interrupt)
+    together = orders(("lr=0.1", "epochs=1"), ("lr=0.2",))
+    with pytest.raises(KeyboardInterrupt):
+        run_array(together)
+    assert [read_result(order.folder).status for order in together] == ["FINISHED", "KILLED"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_error_after_the_end_of_a_member_leaves_its_result_and_the_others(orders, monkeypatch):
+    def broken(session, result):
+        if session.spec.config.epochs == 1:
+            raise OSError
 
     monkeypatch.setattr(RunSession, "_print_summary", broken)
     together = orders(("lr=0.1", "epochs=1"), ("lr=0.2",))
-    if error is KeyboardInterrupt:
-        with pytest.raises(KeyboardInterrupt):
-            run_array(together)
-    else:
-        first, second = run_array(together)
-        assert (first.status, str(second)) == ("FINISHED", "OSError: ")
-    ended = [read_result(order.folder).status for order in together]
-    assert ended == ["FINISHED", "KILLED" if error is KeyboardInterrupt else "FAILED"]
+    assert [result.status for result in run_array(together)] == ["FINISHED", "FINISHED"]
+    assert [read_result(order.folder).status for order in together] == ["FINISHED", "FINISHED"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("can_write_result", [True, False])
+def test_member_that_cannot_start_fails_alone(orders, monkeypatch, can_write_result):
+    write = outputs.write_environment
+    together = orders(("lr=0.1",), ("lr=0.2",), ("lr=0.3",))
+
+    def full(folder, *rest):
+        if folder == together[1].folder:
+            raise OSError(28, "No space left on device")
+        return write(folder, *rest) if rest else None
+
+    def full_result(folder, result):
+        full(folder)
+        write_result(folder, result)
+
+    monkeypatch.setattr(outputs, "write_environment", full)
+    if not can_write_result:
+        monkeypatch.setattr(session, "write_result", full_result)
+    first, second, third = run_array(together)
+    assert (first.status, third.status) == ("FINISHED", "FINISHED")
+    assert "No space left on device" in str(second)
+    result = read_result(together[1].folder)
+    assert (result and result.status) == ("FAILED" if can_write_result else None)
 
 
 @pytest.mark.usefixtures("no_pictures")

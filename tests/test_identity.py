@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -90,13 +91,16 @@ def test_editing_the_training_loop_changes_the_hash_and_editing_the_report_does_
     assert versions[0] == versions[1] != versions[2]
 
 
-def test_lock_file_of_an_editor_is_no_source(monkeypatch, tmp_path):
+def test_hidden_files_of_an_editor_are_no_sources(monkeypatch, tmp_path):
     shutil.copytree(PACKAGE, tmp_path, dirs_exist_ok=True)
+    before = [path.relative_to(PACKAGE) for path in fingerprint.result_sources()]
     (tmp_path / "training" / ".#model.py").symlink_to("somebody@somewhere.1")
+    for folder in (".ipynb_checkpoints", "more"):
+        (tmp_path / "training" / folder).mkdir()
+        (tmp_path / "training" / folder / "model.py").touch()
     monkeypatch.setattr(fingerprint, "PACKAGE", tmp_path)
-    names = [path.name for path in fingerprint.result_sources()]
-    assert "model.py" in names
-    assert ".#model.py" not in names
+    found = [path.relative_to(tmp_path) for path in fingerprint.result_sources()]
+    assert set(found) == {*before, Path("training/more/model.py")}
 
 
 def test_line_ends_of_a_checkout_do_not_change_the_hash(monkeypatch, tmp_path):

@@ -115,6 +115,9 @@ def test_only_changes_that_matter_are_given_as_the_cause_of_differences(trained)
     assert sentence not in "".join(lines(now | {"python": "2.7"}, same))
     assert sentence in "".join(lines(now | {"python": "2.7"}, other))
     assert "the code version differs" not in "".join(lines(now, other))
+    original.environment.pop("code_version")
+    assert "the code version differs" not in "".join(lines(now, other))
+    original.environment["code_version"] = now["code_version"]
     assert "the code version differs" in "".join(lines(now | {"code_version": "0"}, same))
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -323,6 +324,39 @@ def test_metrics_that_cannot_be_written_fail_the_run(make_config, uri, tmp_path)
     result = read_result(tmp_path / "run")
     assert result.status == "FAILED"
     assert client(config).get_run(result.run_id).info.status == "FAILED"
+
+
+@pytest.mark.parametrize("where", ["prepare", "open_store", "spec.tags"])
+def test_run_that_is_interrupted_before_it_is_in_its_store_is_killed(
+    make_config, tmp_path, monkeypatch, where
+):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    spec = RunSpec(make_config(*MINI, "tracking=none", "seed=83"), tmp_path / "run")
+    owner, name = (RunSpec, "tags") if where == "spec.tags" else (session, where)
+    monkeypatch.setattr(owner, name, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(spec)
+    assert read_result(spec.folder).status == "KILLED"
+
+
+def test_run_that_is_interrupted_while_it_is_created_in_mlflow_is_killed_there(
+    make_config, uri, tmp_path, monkeypatch
+):
+    create = MlflowStore.open_run
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)  # as Ctrl-C does; it is deferred until there is a session
+        return create(*arguments)
+
+    monkeypatch.setattr(MlflowStore, "open_run", interrupted)
+    config = make_config(*MINI, uri, "seed=84")
+    with pytest.raises(KeyboardInterrupt):
+        run(RunSpec(config, tmp_path / "run"))
+    result = read_result(tmp_path / "run")
+    assert result.status == "KILLED"
+    assert client(config).get_run(result.run_id).info.status == "KILLED"
 
 
 @pytest.mark.parametrize(("where", "status"), [("write_result", "KILLED"), ("open_store", "FINISHED")])

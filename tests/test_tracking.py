@@ -244,7 +244,7 @@ def test_interrupt_waits_until_the_store_has_what_is_being_written(sign):
     written = []
 
     def write():
-        with mlflow_client.defer_interrupts():
+        with processes.defer_interrupts():
             signal.raise_signal(sign)
             written.append("all")
 

@@ -13,7 +13,7 @@ from typing import Any
 from lenet_sweep.analysis import selection
 from lenet_sweep.analysis.comparison import level, varied
 from lenet_sweep.errors import ConfigError
-from lenet_sweep.storage.manifest import SWEEPS, read_manifest
+from lenet_sweep.storage.manifest import SWEEPS
 from lenet_sweep.storage.records import MORE_IS_BETTER, Record
 from lenet_sweep.storage.result import read_result
 from lenet_sweep.tracking import mlflow_query
@@ -67,7 +67,7 @@ def _sweep_page(sweep_id: str, store: MlflowStore, folder: Path | None = None) -
     runs = selection.of_sweep(sweep_id, store, "", (), folder).runs
     if not runs:
         raise ConfigError(f"{sweep_id!r}: {store.config.uri} contains no runs of this sweep")
-    manifest = read_manifest(folder or SWEEPS / Path(sweep_id).name)
+    manifest = selection.readable_manifest(folder or SWEEPS / Path(sweep_id).name)
     by_id = manifest and manifest.finished_before and len(runs) <= _FILTER_IDS
     ids = mlflow_query.runs_filter([run.name for run in runs])
     return MlflowPage(f"sweep {sweep_id}", runs, ids if by_id else mlflow_query.sweep_filter(sweep_id))

@@ -1,14 +1,17 @@
 """Selects the runs of a comparison from a tracking store, or from the folders of sweeps and runs."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lenet_sweep.errors import ConfigError
+from lenet_sweep.errors import ConfigError, OutputError
 from lenet_sweep.storage import records
-from lenet_sweep.storage.manifest import SWEEPS, read_manifest
+from lenet_sweep.storage.manifest import SWEEPS, Manifest, read_manifest
 from lenet_sweep.storage.records import Record
 from lenet_sweep.tracking.base import Store
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,19 @@ def of_sweep(
 
     The latter are listed in the sweep's manifest, which is in `folder`.
     """
-    manifest = read_manifest(folder or SWEEPS / Path(sweep_id).name)
+    manifest = readable_manifest(folder or SWEEPS / Path(sweep_id).name)
     before = [run.run_id for run in manifest.finished_before if run.run_id] if manifest else []
     runs = store.records(metrics, sweep_id=sweep_id, run_ids=before, where=where)
     return Selection(sweep_id, tuple(runs), (manifest.command,) if manifest and manifest.command else ())
+
+
+def readable_manifest(folder: Path) -> Manifest | None:
+    """The manifest in a sweep's folder; None, with a warning, if it is damaged. The store has the runs."""
+    try:
+        return read_manifest(folder)
+    except OutputError as error:
+        log.warning("%s", error)
+        return None
 
 
 def _of_name(name: str, store: Store, where: str, metrics: Sequence[str]) -> Selection:

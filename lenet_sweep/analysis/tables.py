@@ -134,7 +134,7 @@ def answer(comparison: Comparison) -> str:
     decimals = digits(comparison)
     averaged = [setting for setting in comparison.settings if setting.final]
     if not averaged:
-        return "All runs failed, were interrupted or collapsed, so there is nothing to compare."
+        return "No run finished without collapsing, so there is nothing to compare."
     best, final = averaged[0], averaged[0].final
     assert final is not None
     runs = "one run" if final.n == 1 else f"{final.n} runs, 95 % interval {interval(final, decimals)}"

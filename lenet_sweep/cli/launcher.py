@@ -23,8 +23,8 @@ from lenet_sweep.storage.result import Outcome, Result
 from lenet_sweep.sweeps import resources
 from lenet_sweep.sweeps.dask_pool import DaskPool
 from lenet_sweep.sweeps.executor import Executor
+from lenet_sweep.sweeps.group import outcomes_of_lost_group, train_group
 from lenet_sweep.sweeps.plan import group_jobs
-from lenet_sweep.sweeps.train_group import outcomes_of_lost_group, train_group
 from lenet_sweep.tracking.stores import open_store
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from lenet_sweep.errors import LenetSweepError, RunFailed
 from lenet_sweep.runs import outputs, resume
-from lenet_sweep.runs.session import EXPECTED_ERRORS, RunSession
+from lenet_sweep.runs.session import EXPECTED_ERRORS, RunSession, failure_reason
 from lenet_sweep.runs.spec import RunSpec
 from lenet_sweep.storage.result import Outcome
 from lenet_sweep.training import fused
@@ -61,6 +61,9 @@ class _Array:
             except LenetSweepError as error:
                 self._outcomes[i] = error
                 continue
+            except EXPECTED_ERRORS as error:
+                self._outcomes[i] = RunFailed(failure_reason(error))
+                continue
             if data is None:
                 data = session.state.data
                 room = fused.width(session.state.device, session.state.network, spec.config.batch_size)
@@ -97,8 +100,8 @@ class _Array:
     def _finish(self, i: int) -> None:
         try:
             self._outcomes[i] = self._sessions[i].finish()
-        except RunFailed as failure:
-            self._outcomes[i] = failure
+        except EXPECTED_ERRORS as error:
+            self._fail(i, error)
 
     def _fail(self, i: int, error: BaseException) -> None:
         session = self._sessions[i]

@@ -254,7 +254,7 @@ def _compare(original: Original, metrics: Metrics, weights: str, environment: di
         original.config.epochs,
         differences,
         None if kept is None else kept != weights,
-        original.environment.get("code_version") != environment["code_version"],
+        original.environment.get("code_version", environment["code_version"]) != environment["code_version"],
         tuple(_changes(original.environment, environment)),
     )
 

@@ -18,6 +18,7 @@ from lenet_sweep.storage import checkpoint, fingerprint, metrics_file, run_index
 from lenet_sweep.storage.metrics_file import EpochRecord
 from lenet_sweep.storage.result import Result, Status, write_result
 from lenet_sweep.storage.run_index import CHECKPOINT, Entry
+from lenet_sweep.tracking import processes
 from lenet_sweep.tracking.base import RunLogger
 from lenet_sweep.tracking.stores import open_store
 from lenet_sweep.training import devices
@@ -62,6 +63,7 @@ class RunSession:
         start_ms = int(time.time() * 1000)
         previous = None if spec.config.sweep.rerun else resume.interrupted(spec)
         resume.claim_folder(spec)
+        session: RunSession | None = None
         try:
             state = prepare(spec.config, fused=fused, data=data, say=progress.say)
             _print_start(spec, state)
@@ -70,14 +72,9 @@ class RunSession:
             outputs.write_environment(spec.folder, state)
             name = f"{spec.name} #{spec.config_hash[:6]}"
             store = open_store(spec.config.tracking)
-            logger = store.open_run(spec.folder, name, spec.tags(), start_ms, run_id)
-        except (LenetSweepError, OSError, RuntimeError) as error:
-            with contextlib.suppress(OSError):  # the error itself may be a full disk
-                reason = failure_reason(error)
-                write_result(spec.folder, Result("FAILED", reason, False, None, spec.config_hash, 0.0, {}))
-            raise
-        session = cls(spec, state, records, trajectory, logger)
-        try:
+            with processes.defer_interrupts():  # whatever is in the store has a session that ends it
+                logger = store.open_run(spec.folder, name, spec.tags(), start_ms, run_id)
+                session = cls(spec, state, records, trajectory, logger)
             # From here on an interrupted run is found, with its checkpoint, in the new folder.
             run_index.add(spec.config_hash, Entry(spec.folder, store.name, logger.run_id))
             if previous and previous.folder.absolute() != spec.folder.absolute():
@@ -85,7 +82,10 @@ class RunSession:
             session.progress.start()
             session._log_earlier_epochs()
         except BaseException as error:
-            session.fail(error)
+            if session:
+                session.fail(error)
+            else:
+                _write_failed_start(spec, error)
             raise
         return session
 
@@ -143,14 +143,12 @@ class RunSession:
         """
         if self.result:
             return
-        if isinstance(error, KeyboardInterrupt):
-            self._end("KILLED", "interrupted")
-            return
+        status, reason = how_it_ended(error)
         if isinstance(error, EXPECTED_ERRORS):
             log.error("the run failed", exc_info=error)
-        self._end("FAILED", failure_reason(error))
+        self._end(status, reason)
         if isinstance(error, EXPECTED_ERRORS):
-            raise RunFailed(failure_reason(error)) from error
+            raise RunFailed(reason) from error
 
     @property
     def _metrics_path(self) -> Path:
@@ -228,6 +226,13 @@ def is_collapsed(metrics: EpochMetrics) -> bool:
     return at_chance and metrics.train_loss > math.log(CLASSES) - 0.02
 
 
+def how_it_ended(error: BaseException) -> tuple[Status, str]:
+    """The status and reason of a run that `error` ended."""
+    if isinstance(error, KeyboardInterrupt):
+        return "KILLED", "interrupted"
+    return "FAILED", failure_reason(error)
+
+
 def failure_reason(error: BaseException) -> str:
     """The error in one line, as result.json and the tracking store keep it."""
     if isinstance(error, torch.OutOfMemoryError):
@@ -237,6 +242,13 @@ def failure_reason(error: BaseException) -> str:
     if isinstance(error, LenetSweepError):
         return str(error)
     return f"{type(error).__name__}: {error}"
+
+
+def _write_failed_start(spec: RunSpec, error: BaseException) -> None:
+    """Write the result of a run that is not in its store yet."""
+    status, reason = how_it_ended(error)
+    with contextlib.suppress(OSError):  # the error itself may be a full disk
+        write_result(spec.folder, Result(status, reason, False, None, spec.config_hash, 0.0, {}))
 
 
 def _print_start(spec: RunSpec, state: TrainingState) -> None:

@@ -60,6 +60,8 @@ def code_version() -> str:
 
 def result_sources() -> list[Path]:
     """The sources whose text can change a number, in a fixed order."""
-    paths = [path for path in (PACKAGE / "training").rglob("*") if path.suffix in (".py", ".cpp")]
-    # An editor may keep a file like .#model.py, a dangling link, beside a source that it has open.
-    return sorted([*(path for path in paths if not path.name.startswith(".")), PACKAGE / "shapes.py"])
+    room = PACKAGE / "training"
+    paths = [path for path in room.rglob("*") if path.suffix in (".py", ".cpp")]
+    # Editors keep files like .#model.py and .ipynb_checkpoints/model.py beside a source.
+    visible = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(room).parts)]
+    return sorted([*visible, PACKAGE / "shapes.py"])

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import queue
-import signal
 import sqlite3
 import threading
 import urllib.error
@@ -151,29 +150,6 @@ def store_errors() -> tuple[type[Exception], ...]:
 def any_errors() -> tuple[type[Exception], ...]:
     """The same, and our own error for them."""
     return (*store_errors(), TrackingError)
-
-
-@contextmanager
-def defer_interrupts() -> Iterator[None]:
-    """Defer Ctrl-C and SIGTERM until the end of the block.
-
-    An interrupted transaction would stay open and lock SQLite. The end of the run could not be written.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught: list[int] = []
-    before = {
-        sign: signal.signal(sign, lambda sign, frame: caught.append(sign))
-        for sign in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for sign, handler in before.items():
-            signal.signal(sign, handler)
-    for number in caught[:1]:
-        signal.raise_signal(number)
 
 
 def is_there(client: "MlflowClient", run_id: str) -> bool:

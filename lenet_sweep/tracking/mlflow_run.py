@@ -18,7 +18,7 @@ from lenet_sweep.paths import write_atomic
 from lenet_sweep.storage import metrics_file
 from lenet_sweep.storage.records import PARAM_LENGTH, params
 from lenet_sweep.storage.result import Result
-from lenet_sweep.tracking import mlflow_client, mlflow_page
+from lenet_sweep.tracking import mlflow_client, mlflow_page, processes
 from lenet_sweep.tracking.mlflow_client import NOTE
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ class MlflowRun:
             return
         try:
             points = [Metric(key, value, time_ms, epoch) for key, value in metrics.items()]
-            with mlflow_client.defer_interrupts():
+            # An interrupted transaction would stay open and lock SQLite.
+            with processes.defer_interrupts():
                 mlflow_client.connect(self.uri).log_batch(self.run_id, metrics=points)
         except mlflow_client.store_errors() as error:
             self._on_store_error(error)

@@ -1,7 +1,11 @@
-"""Tags that identify the process of a run, and whether that process still runs."""
+"""The process of a run: tags that identify it, whether it still runs, and interrupts that it defers."""
 
 import os
+import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 
@@ -22,3 +26,23 @@ def is_alive(tags: dict[str, str]) -> bool:
         return False
     except psutil.AccessDenied:
         return True
+
+
+@contextmanager
+def defer_interrupts() -> Iterator[None]:
+    """Defer Ctrl-C and SIGTERM until the end of the block, in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    before = {
+        sign: signal.signal(sign, lambda sign, frame: caught.append(sign))
+        for sign in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+    for number in caught[:1]:
+        signal.raise_signal(number)

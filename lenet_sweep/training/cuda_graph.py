@@ -1,6 +1,7 @@
 """A gradient step as a CUDA graph: captured once, then replayed without launch overhead."""
 
 import logging
+import sys
 from collections.abc import Callable
 
 import torch
@@ -47,18 +48,21 @@ class GraphedStep:
     def _capture(self, static_indices: Tensor) -> None:
         """Capture a step without executing it."""
         graph = torch.cuda.CUDAGraph()
+        handled = sys.exc_info()[1]
         try:
             with torch.cuda.graph(graph, stream=self._stream):
                 self._step(static_indices)
         except RuntimeError as error:  # for example out of memory
             self._can_capture = False
-            log.warning("CUDA graph capture failed, so all steps run eagerly: %s", _root_cause(error))
+            log.warning(
+                "CUDA graph capture failed, so all steps run eagerly: %s", _root_cause(error, handled)
+            )
         else:
             self._graphs[static_indices.shape] = graph, static_indices
 
 
-def _root_cause(error: BaseException) -> BaseException:
+def _root_cause(error: BaseException, handled: BaseException | None) -> BaseException:
     """The first error of a chain: to end a failed capture raises another one, which hides the cause."""
-    while error.__context__:
+    while error.__context__ and error.__context__ is not handled:
         error = error.__context__
     return error
